@@ -1,0 +1,329 @@
+"""The service's configuration: one typed model, and where its values come from.
+
+Precedence: command-line flag, then ``OPENPI_…__…`` environment variable, then JSON file, then default. Every mistake is a
+:class:`~pi0.errors.ConfigError` whose message has one line per problem, each naming the field and the fix.
+docs/configuration.md describes every field.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from hosting.config_problems import shown, unknown_field, validation_problems
+from hosting.config_sources import Layer, merge, read_environment, read_file, read_mapping
+from hosting.templates import (
+    DEFAULT_ACTION_PROMPT_TEMPLATE,
+    DEFAULT_GENERATION_PROMPT_FORMAT,
+    DEFAULT_MAX_GENERATION_TOKENS,
+    LONE_SURROGATE,
+    MAX_GENERATION_TOKENS,
+    Template,
+    parse_action_prompt_template,
+    parse_generation_prompt_format,
+)
+from pi0.errors import ConfigError
+
+Mode = Literal["combined", "action_only", "planner_only"]
+Slot = Literal["action", "planner"]
+DType = Literal["float32", "bfloat16"]
+OnLongPrompt = Literal["error", "truncate"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+DEFAULT_CONFIG_FILE: Final = Path("config.json")
+MIB: Final = 1 << 20
+
+# sun_path of the platform's sockaddr_un, less the final NUL
+_LONGEST_SOCKET_PATH: Final = 103 if sys.platform == "darwin" else 107
+_COMPILE_MODES: Final[tuple[CompileMode, ...]] = get_args(CompileMode)
+
+
+def _usable(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank; give a value or leave the field out")
+    if LONE_SURROGATE.search(text):
+        raise ValueError(f"{shown(text)} is not valid Unicode; remove the bytes or escapes that do not belong there")
+    return text
+
+
+def _socket_path(text: str) -> str:
+    if len(os.fsencode(text)) > _LONGEST_SOCKET_PATH:
+        raise ValueError(f"is longer than the {_LONGEST_SOCKET_PATH} bytes that a Unix socket's path may have; choose a shorter one")
+    return text
+
+
+def _template(parse: Callable[[str], Template]) -> AfterValidator:
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return text
+
+    return AfterValidator(check)
+
+
+Text = Annotated[str, AfterValidator(_usable)]
+SocketPath = Annotated[Text, AfterValidator(_socket_path)]
+# Strict, so that true is not 1 and "8000" is not 8000
+Port = Annotated[int, Field(strict=True, ge=0, le=65_535)]
+# The admin port takes these three with the same rules
+GenerationPromptFormat = Annotated[str, _template(parse_generation_prompt_format)]
+ActionPromptTemplate = Annotated[str, _template(parse_action_prompt_template)]
+MaxGenerationTokens = Annotated[int, Field(strict=True, ge=1, le=MAX_GENERATION_TOKENS)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ActionConfig(_Section):
+    """The action slot: a PyTorch pi0 or pi0.5 policy."""
+
+    model_config_name: Text
+    """An openpi training config, such as ``pi05_droid``; it fixes embodiment, horizon and normalisation."""
+    checkpoint_dir: Text
+    """Local directory, or ``gs://``, ``s3://``, ``hf://`` address."""
+    default_prompt: Text | None = None
+    """Prompt of an observation that has none; None leaves it to the named config."""
+    tokenizer: Text | None = None
+    """SentencePiece model; None: ``paligemma_tokenizer.model`` beside the checkpoint, else the cached download."""
+    dtype: DType | None = None
+    """None: bfloat16 on a GPU, float32 on the CPU."""
+    device: Text | None = None
+    """Torch device such as ``cuda:0``; None: the first GPU, else the CPU."""
+    num_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] = 10
+    """Denoising (Euler) steps per action chunk."""
+    on_long_prompt: OnLongPrompt = "error"
+    """Whether a prompt with too many tokens is refused, or cut on the right and flagged in the reply."""
+
+
+class PlannerConfig(_Section):
+    """The planner slot: a JAX pi0.5 subtask generator."""
+
+    checkpoint_dir: Text
+    """Orbax checkpoint (its root or its ``params/``): local directory, or ``gs://``, ``s3://``, ``hf://`` address."""
+    max_generation_tokens: MaxGenerationTokens = DEFAULT_MAX_GENERATION_TOKENS
+    """Longest subtask, in tokens. Editable live."""
+    generation_prompt_format: GenerationPromptFormat = DEFAULT_GENERATION_PROMPT_FORMAT
+    """The planner's prompt; must have ``{task}``. Editable live."""
+    action_prompt_template: ActionPromptTemplate = DEFAULT_ACTION_PROMPT_TEMPLATE
+    """The action policy's prompt in combined mode; must have ``{subtask}``, may have ``{task}``. Editable live."""
+    tokenizer: Text | None = None
+    """As ``action.tokenizer``."""
+    dtype: DType | None = None
+    """None: bfloat16 on an accelerator, float32 on the CPU."""
+    allowed_tokens: Literal["text", "printable_ascii"] = "text"
+    """Tokens that a subtask may have: plain text, or the reference's wider rule (reference/model.md §13.4)."""
+    missing_cameras: Literal["mask", "grey"] = "mask"
+    """A camera that an observation lacks is masked out as in training, or a grey image as in openpi-flash."""
+    on_failure: Literal["use_task", "fail"] = "use_task"
+    """Combined mode: when planning fails, act on the task itself and say so in the reply, or fail the request."""
+    on_long_prompt: OnLongPrompt = "error"
+    """As ``action.on_long_prompt``."""
+
+
+class ActionTransportConfig(_Section):
+    """Where the action slot listens. Port 0: any free port."""
+
+    websocket_port: Port = 8000
+    quic_port: Port = 5555
+    unix_socket_path: SocketPath = "/tmp/openpi-action.sock"
+
+
+class PlannerTransportConfig(_Section):
+    """Where the planner slot listens. Port 0: any free port."""
+
+    websocket_port: Port = 8002
+    quic_port: Port = 5556
+    unix_socket_path: SocketPath = "/tmp/openpi-planner.sock"
+
+
+class AdminConfig(_Section):
+    """Where the admin API listens (when a planner is loaded). It has no login: think twice before leaving the loopback."""
+
+    host: Text = "127.0.0.1"
+    port: Port = 8001
+
+
+class ServiceConfig(BaseSettings):
+    """Everything the service is told. Built in Python it holds what its arguments say; :func:`load_config` reads file and environment.
+
+    Raises:
+        pydantic.ValidationError: a value is wrong. :func:`load_config` turns it into a readable ConfigError.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+
+    action: ActionConfig | None = None
+    planner: PlannerConfig | None = None
+    action_transport: ActionTransportConfig = ActionTransportConfig()
+    planner_transport: PlannerTransportConfig = PlannerTransportConfig()
+    host: Text = "127.0.0.1"
+    """Address that both slots' WebSocket and QUIC endpoints bind."""
+    admin: AdminConfig = AdminConfig()
+    max_message_bytes: Annotated[int, Field(strict=True, ge=MIB, le=(1 << 32) - 1)] = 128 * MIB
+    """Longest message that a client may send, in bytes; at most what the transports' 32-bit length can say."""
+    drain_s: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 30.0
+    """Seconds that requests in flight get at shutdown."""
+    log_format: Literal["plain", "json"] = "plain"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load_config() merges the sources itself: pydantic's own keep no origins and pass over misspelt variables in silence.
+        return (init_settings,)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots that are set."""
+        return (*(("action",) if self.action else ()), *(("planner",) if self.planner else ()))
+
+    @property
+    def mode(self) -> Mode:
+        """What the slots that are set make of the service."""
+        if self.action and self.planner:
+            return "combined"
+        return "action_only" if self.action else "planner_only"
+
+    @model_validator(mode="after")
+    def _check_slots(self) -> ServiceConfig:
+        if not self.slots:
+            raise ValueError('no slot is configured; set "action", "planner" or both (see config.example.json)')
+        if clashes := self._clashes():
+            raise ValueError("\n".join(clashes))
+        return self
+
+    def _clashes(self) -> list[str]:
+        transports = [(slot, self.action_transport if slot == "action" else self.planner_transport) for slot in self.slots]
+        tcp: list[tuple[str, object]] = [(f"{slot}_transport.websocket_port", transport.websocket_port) for slot, transport in transports]
+        if self.planner:
+            tcp.append(("admin.port", self.admin.port))
+        udp: list[tuple[str, object]] = [(f"{slot}_transport.quic_port", transport.quic_port) for slot, transport in transports]
+        paths: list[tuple[str, object]] = [
+            (f"{slot}_transport.unix_socket_path", os.path.normpath(transport.unix_socket_path)) for slot, transport in transports
+        ]
+        problems: list[str] = []
+        for endpoints, kind in ((tcp, "port"), (udp, "port"), (paths, "path")):
+            owners: dict[object, str] = {}
+            for field, value in endpoints:
+                if value != 0 and value in owners:
+                    problems.append(f"{field}: {value} is also {owners[value]}; give one of them another {kind}")
+                owners.setdefault(value, field)
+        return problems
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration and where it came from.
+
+    Attributes:
+        config: the effective values.
+        origins: for every field, dotted (``planner.dtype``; a slot that is not set counts as one field): ``flag``,
+            ``environment OPENPI_…``, ``file …`` or ``default``.
+        path: the file that was read, if any.
+    """
+
+    config: ServiceConfig
+    origins: Mapping[str, str]
+    path: Path | None
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> LoadedConfig:
+    """The configuration from all its sources.
+
+    Args:
+        path: the JSON file; None: ``INFERENCE_CONFIG_PATH``, else ``config.json`` in the working directory if there is one.
+        overrides: nested values from the command line (``{"action": {"dtype": "float32"}}``); they win over everything.
+        environ: the environment.
+
+    Raises:
+        ConfigError: anything is wrong; one line per problem.
+    """
+    layers: list[Layer] = []
+    file = _config_file(path, environ)
+    if file is not None:
+        layers.append(read_file(*file))
+    layers.append(read_environment(ServiceConfig, environ))
+    layers.append(read_mapping(overrides or {}, "flag"))
+    merged = merge(layers)
+    values = merged.nested()
+    if file is None and not merged.problems and not (values.get("action") or values.get("planner")):
+        raise ConfigError(
+            f"no configuration: there is no {DEFAULT_CONFIG_FILE} in the working directory, INFERENCE_CONFIG_PATH is not set and no OPENPI_ variable "
+            "sets a slot; copy config.example.json to config.json, or give a file with --config"
+        )
+    problems = list(merged.problems)
+    for name in [name for name in values if name.startswith("_")]:
+        # BaseSettings would take it for an option of its own instead of refusing it.
+        problems.append(unknown_field((name,), ServiceConfig, merged.origin((name,))))
+        del values[name]
+    try:
+        config = ServiceConfig.model_validate(values)
+    except ValidationError as error:
+        problems += validation_problems(error.errors(include_url=False), ServiceConfig, merged.origin)
+    if problems:
+        # A variable's name may hold any bytes, and the message must print all the same.
+        raise ConfigError("\n".join(problems).encode("utf-8", "backslashreplace").decode())
+    origins = {field: merged.origin(tuple(field.split("."))) or "default" for field, _ in _leaves(config)}
+    return LoadedConfig(config, origins, file[0] if file else None)
+
+
+def describe(loaded: LoadedConfig) -> list[tuple[str, object, str]]:
+    """(dotted field, effective value, origin) of every field, in the order of the model."""
+    return [(field, value, loaded.origins[field]) for field, value in _leaves(loaded.config)]
+
+
+def pytorch_compile_mode(environ: Mapping[str, str] = os.environ) -> CompileMode | Literal["unset"] | None:
+    """``OPENPI_PYTORCH_COMPILE_MODE``: a mode of ``torch.compile``; None for ``eager`` or ``none``; ``"unset"`` (also when it is empty)
+    leaves it to the caller.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    text = environ.get("OPENPI_PYTORCH_COMPILE_MODE")
+    if not text:
+        return "unset"
+    if text in ("eager", "none"):
+        return None
+    for mode in _COMPILE_MODES:
+        if text == mode:
+            return mode
+    raise ConfigError(f"OPENPI_PYTORCH_COMPILE_MODE: expected one of {', '.join(_COMPILE_MODES)}, eager, none; got {text!r}")
+
+
+def data_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where downloads are kept: ``OPENPI_DATA_HOME``, else ``~/.cache/openpi``."""
+    return Path(environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
+
+
+def _config_file(path: Path | None, environ: Mapping[str, str]) -> tuple[Path, str] | None:
+    if path is not None:
+        return path, "given by --config"
+    if named := environ.get("INFERENCE_CONFIG_PATH"):
+        return Path(named), "given by INFERENCE_CONFIG_PATH"
+    return (DEFAULT_CONFIG_FILE, "in the working directory") if DEFAULT_CONFIG_FILE.exists() else None
+
+
+def _leaves(model: BaseModel, section: str = "") -> list[tuple[str, object]]:
+    leaves: list[tuple[str, object]] = []
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            leaves += _leaves(value, f"{section}{name}.")
+        else:
+            leaves.append((section + name, value))
+    return leaves

@@ -1,0 +1,84 @@
+"""The contract that every policy fulfils, and the error tree that crosses it.
+
+A policy maps one observation to one reply, both plain maps of strings to arrays, numbers, strings or maps
+(reference/wire.md §1.4–1.5). It may block; the scheduler calls it on its slot's own thread. It raises the errors of
+:mod:`pi0.errors`, which this module re-exports:
+
+- :class:`RequestError` – the client's fault; the message goes back to the client word for word;
+- :class:`UnavailableError` – it cannot be served now; the message goes back as well;
+- :class:`CheckpointError`, :class:`ConfigError` – start-up fails with the message;
+- anything else – the server's fault; the client gets an id, the log gets the traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from pi0.errors import (
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    DrainingError,
+    MessageError,
+    ModeError,
+    ObservationError,
+    OverloadedError,
+    PlannerError,
+    PolicyError,
+    PromptTooLongError,
+    RequestError,
+    TandemError,
+    UnavailableError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DownloadError",
+    "DrainingError",
+    "MessageError",
+    "ModeError",
+    "Observation",
+    "ObservationError",
+    "OverloadedError",
+    "PlannerError",
+    "PlannerPolicy",
+    "Policy",
+    "PolicyError",
+    "PromptTooLongError",
+    "Reply",
+    "RequestError",
+    "TandemError",
+    "UnavailableError",
+]
+
+Observation = Mapping[str, Any]
+Reply = dict[str, Any]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The action slot's policy, and any policy behind an endpoint.
+
+    ``metadata`` is what a client gets when it connects: numbers, strings, lists and maps, no arrays.
+    """
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    def infer(self, obs: Observation, /) -> Reply:
+        """One observation → one reply; every array in it has the action horizon as its first axis."""
+        ...
+
+
+@runtime_checkable
+class PlannerPolicy(Protocol):
+    """The planner slot's policy. Its prompt settings can be edited live, so they come with the request."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    def infer(self, obs: Observation, /, *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None) -> Reply:
+        """One observation → ``{"subtask": {"text": str, "ms": float, …}}``; None keeps the value the planner was loaded with."""
+        ...
