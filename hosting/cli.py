@@ -1,0 +1,211 @@
+"""The ``tandem`` command (``python main.py`` in a source tree). Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hosting import __version__
+from hosting.policy import ConfigError, TandemError
+
+app = typer.Typer(
+    help="A planner and an action policy for a robot from one process, on openpi's wire.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+test_app = typer.Typer(help="Measure a running server.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(test_app, name="test")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="JSON file. Default: $INFERENCE_CONFIG_PATH, else config.json.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override one field, e.g. --set action.dtype=float32. Repeatable.", show_default=False),
+]
+
+
+def main() -> None:
+    """Run the command line; a Tandem error is printed without a traceback. Exit code 2: the configuration is wrong; 1: anything else."""
+    try:
+        app()
+    except TandemError as error:
+        for line in str(error).splitlines():
+            typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"tandem {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Load the configured slots and serve them until Ctrl-C (again to force)."""
+    from hosting import logs
+    from hosting.config import load_config
+
+    loaded = load_config(config, _overrides(set_))
+    logs.configure(loaded.config.log_format)
+    service_module = _require_serving()
+    sys.exit(asyncio.run(_serve(service_module, loaded.config)))
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path | None, typer.Option(help="Where its checkpoints live. Default: $OPENPI_DATA_HOME/tandem_demo.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Requests to stream before the server is left to you.")] = 30,
+    exit_: Annotated[bool, typer.Option("--exit", help="Exit after the last request instead of leaving the server up.")] = False,
+    headless: Annotated[bool, typer.Option(help="Print plain lines, as when the output is no terminal.")] = False,
+    free_ports: Annotated[bool, typer.Option(help="Use any free ports instead of 8000, 8001 and 8002.")] = False,
+) -> None:
+    """Serve a tiny planner and policy and stream synthetic camera images to them: no robot, GPU or download needed."""
+    _require_serving()
+    from demo.run import run_demo
+    from hosting.config import data_home
+
+    sys.exit(run_demo(directory or data_home() / "tandem_demo", steps=steps, stay=not exit_, headless=headless, free_ports=free_ports))
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None, set_: SetOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Print the effective values and where each came from."""
+    from hosting.config import describe, load_config
+
+    loaded = load_config(config, _overrides(set_))
+    if as_json:
+        rows = {field: {"value": value, "origin": origin} for field, value, origin in describe(loaded)}
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    # Values are never cut: people copy them.
+    table = Table(
+        Column("field", no_wrap=True),
+        Column("value", overflow="fold"),
+        Column("from", overflow="fold"),
+        title=f"mode: {loaded.config.mode}",
+        title_justify="left",
+    )
+    for field, value, origin in describe(loaded):
+        table.add_row(field, json.dumps(value, ensure_ascii=False), origin, style="dim" if origin == "default" else None)
+    Console().print(table)
+
+
+@app.command()
+def prepare_planner_checkpoint(
+    hf_repo: Annotated[str, typer.Option(help="Hugging Face repository.")] = "Hebbian-Robotics/pi05_subtask",
+    tar_path_in_repo: Annotated[str, typer.Option(help="The tar file in it.")] = "jax/pi05_subtask.tar",
+    output_dir: Annotated[Path | None, typer.Option(help="Target. Default: $OPENPI_DATA_HOME/pi05_subtask.", show_default=False)] = None,
+    force_download: Annotated[bool, typer.Option("--force-download", help="Fetch again although it is complete.")] = False,
+) -> None:
+    """Download, unpack and verify a planner checkpoint. Safe to interrupt and to repeat."""
+    from hosting import logs
+    from hosting.config import data_home
+
+    logs.configure("plain")
+    _require_serving()
+    from pi0.prepare import prepare_planner_checkpoint as prepare
+
+    result = prepare(
+        hf_repo=hf_repo, tar_path_in_repo=tar_path_in_repo, output_dir=output_dir or data_home() / "pi05_subtask", force_download=force_download
+    )
+    typer.echo(f"planner checkpoint ready: {result.directory}")
+
+
+@app.command()
+def prepare_checkpoint(
+    model_id: Annotated[str, typer.Option(help="Hugging Face model with LeRobot weights.")] = "lerobot/pi05_base",
+    openpi_assets_uri: Annotated[str, typer.Option(help="Directory of norm stats.")] = "gs://openpi-assets/checkpoints/pi05_base/assets",
+    output_dir: Annotated[Path | None, typer.Option(help="Target. Default: $OPENPI_DATA_HOME/pi05_base_openpi.", show_default=False)] = None,
+    required_asset_id: Annotated[str, typer.Option(help="Asset that must be among them.")] = "trossen",
+    force_download: Annotated[bool, typer.Option("--force-download", help="Fetch again although it is complete.")] = False,
+) -> None:
+    """Put LeRobot weights and openpi norm stats into one checkpoint directory. Safe to interrupt and to repeat."""
+    from hosting import logs
+    from hosting.config import data_home
+
+    logs.configure("plain")
+    _require_serving()
+    from pi0.prepare import prepare_checkpoint as prepare
+
+    result = prepare(
+        model_id=model_id,
+        openpi_assets_uri=openpi_assets_uri,
+        output_dir=output_dir or data_home() / "pi05_base_openpi",
+        required_asset_id=required_asset_id,
+        force_download=force_download,
+        data_home=data_home(),
+    )
+    typer.echo(f"checkpoint ready: {result.directory}")
+
+
+@test_app.command("ws")
+def measure_websocket(
+    url: Annotated[str, typer.Argument(help="ws://host:port of a slot.")],
+    mode: Annotated[Literal["default", "subtask_only", "action_only"] | None, typer.Option(help="Request mode to send.", show_default=False)] = None,
+    embodiment: Annotated[
+        Literal["aloha", "droid", "libero"] | None,
+        typer.Option(help="Observation to send. Default: as the server's metadata ask.", show_default=False),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Task to send.")] = "pick up the red cup",
+    iterations: Annotated[int, typer.Option(min=1, help="Timed calls, after one that is not timed.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Send random observations over WebSocket; print mean, min and max of client, server and policy time."""
+    from hosting.clients.measure import measure, render
+
+    report = measure(url, mode=mode, embodiment=embodiment, prompt=prompt, iterations=iterations)
+    typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+def _overrides(assignments: list[str] | None) -> dict[str, Any]:
+    """``["a.b=1"]`` → ``{"a": {"b": 1}}``; a value that is not JSON is a string.
+
+    Raises:
+        ConfigError: an assignment without a field or ``=``, or fields that contradict each other.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments or []:
+        field, equals, text = assignment.partition("=")
+        if not equals or not all(field.split(".")):
+            raise ConfigError(f"--set {assignment}: expected FIELD=VALUE, e.g. action.dtype=float32")
+        try:
+            value: Any = json.loads(text)
+        except ValueError:
+            value = text
+        *sections, name = field.split(".")
+        at = overrides
+        for section in sections:
+            at = at.setdefault(section, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"--set {assignment}: {section} was already set to a value")
+        at[name] = value
+    return overrides
+
+
+async def _serve(service_module: Any, config: Any) -> int:
+    code: int = await service_module.Service(config).serve()
+    return code
+
+
+def _require_serving() -> Any:
+    try:
+        import hosting.service
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this command needs the serving packages ({error.name} is not installed); pip install 'tandem-vla[all]'") from error
+    return hosting.service

@@ -1,0 +1,1 @@
+"""The transports seen from the robot. Needs the base install only."""

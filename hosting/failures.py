@@ -1,0 +1,23 @@
+"""What a client is told when its request fails, and what the log gets. No traceback leaves the process."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from hosting.policy import RequestError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+_MAX_CHARS = 2000
+
+
+def client_text(error: BaseException, *, slot: str) -> str:
+    """One line for the client: the message of an error that is its own or passing, else an id under which the log has the rest."""
+    if isinstance(error, RequestError | UnavailableError):
+        text = " ".join(str(error).split())
+        logger.info("%s: refused a request: %s", slot, text)
+        return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."
+    error_id = secrets.token_hex(4)
+    logger.error("%s: a request failed, error id %s", slot, error_id, exc_info=error)
+    return f"internal error {error_id}: the {slot} failed on this request; the server's log has the details under this id"

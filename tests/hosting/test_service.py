@@ -1,0 +1,299 @@
+"""The life of the process: early clients, readiness, request modes over real sockets, live templates, drain."""
+
+import socket
+import threading
+
+import httpx
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
+from websockets.sync.client import connect
+
+from hosting.clients.websocket import InferenceError, WebSocketClient
+from hosting.config import ActionTransportConfig
+from hosting.policy import CheckpointError, ConfigError
+from hosting.protocol import msgpack_numpy
+from hosting.service import Loaders
+from tests.serving import EchoPlanner, EchoPolicy, service_config, start, stubs
+
+
+@pytest.fixture(scope="module")
+def combined():
+    with start(service_config(), stubs()) as service:
+        yield service
+
+
+def test_ready_line_names_mode_slots_and_addresses(combined):
+    line = combined.service.ready_line()
+    assert line.startswith("Service ready (mode=combined, slots=['action', 'planner']): ")
+    assert all(address in line for address in combined.addresses.values())
+
+
+def test_metadata(combined):
+    with WebSocketClient(combined.addresses["action"]) as client:
+        metadata = client.get_server_metadata()
+    assert metadata["reset_pose"] == [0.0] * 6 and metadata["action_horizon"] == 10 and metadata["server_name"] == "tandem"
+    with WebSocketClient(combined.addresses["planner"]) as client:
+        assert client.get_server_metadata()["image_specs"] == []
+
+
+@pytest.mark.parametrize("mode", [None, "", "default"])
+def test_default_mode(combined, mode):
+    with WebSocketClient(combined.addresses["action"]) as client:
+        reply = client.infer({"prompt": "tidy", **({} if mode is None else {"mode": mode})})
+    assert reply["actions"].shape == (10, 14)
+    assert reply["asked"] == {"prompt": "tidy. Subtask: first step of tidy"}
+    assert reply["subtask"]["text"] == "first step of tidy"
+    assert set(reply) == {"actions", "policy_timing", "server_timing", "subtask", "asked"}
+
+
+def test_other_modes(combined):
+    with WebSocketClient(combined.addresses["action"]) as client:
+        only = client.infer({"prompt": "tidy", "mode": "subtask_only"})
+        assert set(only) == {"subtask", "server_timing"}
+        acted = client.infer({"prompt": "tidy", "mode": "action_only"})
+        assert "subtask" not in acted and acted["asked"] == {"prompt": "tidy"}
+    with WebSocketClient(combined.addresses["planner"]) as client:
+        assert set(client.infer({"prompt": "tidy"})) == {"subtask", "server_timing"}
+
+
+def test_timing_excludes_the_clients_idle_time(combined):
+    with WebSocketClient(combined.addresses["action"]) as client:
+        first = client.infer({"prompt": "a"})["server_timing"]
+        second = client.infer({"prompt": "a"})["server_timing"]
+    assert set(first) == {"infer_ms"} and set(second) == {"infer_ms", "prev_total_ms"}
+    assert second["prev_total_ms"] >= first["infer_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "obs", "text"),
+    [
+        ("action", {"prompt": "x", "mode": "both"}, "mode: got 'both', expected one of default, subtask_only, action_only"),
+        ("action", {"prompt": "x", "mode": 3}, "mode: got 3, expected one of default, subtask_only, action_only"),
+        ("action", {"prompt": "x", "mode": np.zeros(3)}, "mode: got array([0., 0., 0.]), expected one of default, subtask_only, action_only"),
+        ("action", {}, "prompt: missing; send the task as a string"),
+        ("action", {"prompt": 7}, "prompt: expected a string, got int"),
+        ("action", {"prompt": b"\xff"}, "prompt: bytes that are not UTF-8"),
+        ("planner", {"prompt": "x", "mode": "action_only"}, "mode: action_only is not served on this endpoint, which has no action policy"),
+    ],
+)
+def test_a_bad_request_hurts_only_itself(combined, endpoint, obs, text):
+    with WebSocketClient(combined.addresses[endpoint]) as client:
+        with pytest.raises(InferenceError) as caught:
+            client.infer(obs)
+        assert str(caught.value) == text
+        assert client.infer({"prompt": "fine"})["subtask"]["text"] == "first step of fine"
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("hello", "the request came as a text frame, expected a binary frame with a msgpack map"),
+        (b"\xc1", "the message is not msgpack as openpi clients send it"),
+        (b"", "the message is not msgpack as openpi clients send it"),
+        (msgpack_numpy.pack([1]), "the request is a list, expected a map of observation keys to values"),
+        (msgpack_numpy.pack(None), "the request is a NoneType, expected a map of observation keys to values"),
+    ],
+)
+def test_messages_that_are_no_requests(combined, message, text):
+    with connect(combined.addresses["action"], compression=None) as websocket:
+        websocket.recv()
+        websocket.send(message)
+        answer = websocket.recv()
+        assert isinstance(answer, str) and answer.startswith(text) and "\n" not in answer
+        websocket.send(msgpack_numpy.pack({"prompt": "fine"}))
+        assert "actions" in msgpack_numpy.unpack(websocket.recv())
+
+
+def test_any_path_is_a_websocket_and_healthz_is_not(combined):
+    with WebSocketClient(combined.addresses["action"] + "/some/where?x=1") as client:
+        assert "actions" in client.infer({"prompt": "x"})
+    answer = httpx.get(combined.http("action") + "/healthz")
+    assert (answer.status_code, answer.text) == (200, "OK\n") and answer.headers["content-type"].startswith("text/plain")
+    other = httpx.get(combined.http("action") + "/other")
+    assert other.status_code == 426 and "healthz" in other.text
+
+
+def test_frames_are_not_compressed_even_if_offered(combined):
+    with connect(combined.addresses["action"], compression="deflate") as websocket:
+        assert "Sec-WebSocket-Extensions" not in websocket.response.headers
+
+
+def test_large_messages(combined):
+    with WebSocketClient(combined.addresses["action"]) as client:
+        assert "actions" in client.infer({"prompt": "x", "blob": np.zeros(64 << 20, np.uint8), "mode": "action_only"})
+
+
+def test_live_templates(combined):
+    with WebSocketClient(combined.addresses["action"]) as client, httpx.Client(base_url=combined.http("admin")) as admin:
+        before = admin.get("/config").json()
+        try:
+            changed = admin.patch(
+                "/config",
+                json={"action_prompt_template": "do {subtask} for {task}", "generation_prompt_format": "Q {task}", "max_generation_tokens": 5},
+            )
+            assert changed.status_code == 200
+            reply = client.infer({"prompt": "tidy"})
+            assert reply["asked"] == {"prompt": "do first step of tidy for tidy"}
+            assert (reply["subtask"]["format"], reply["subtask"]["limit"]) == ("Q {task}", 5)
+            refused = admin.patch("/config", json={"action_prompt_template": "do nothing"})
+            assert refused.status_code == 422 and "{subtask}" in refused.json()["detail"]
+            assert client.infer({"prompt": "tidy"})["asked"] == {"prompt": "do first step of tidy for tidy"}
+        finally:
+            admin.patch("/config", json={key: before[key] for key in ("action_prompt_template", "generation_prompt_format", "max_generation_tokens")})
+
+
+def test_admin_health(combined):
+    assert httpx.get(combined.http("admin") + "/health").json() == {"status": "ok", "mode": "combined", "slots": ["action", "planner"]}
+
+
+def test_many_clients_get_their_own_answers(combined):
+    answers: dict[str, str] = {}
+
+    def robot(name):
+        with WebSocketClient(combined.addresses["action"]) as client:
+            for i in range(20):
+                answers[f"{name}{i}"] = client.infer({"prompt": f"{name}{i}", "mode": "action_only"})["asked"]["prompt"]
+
+    threads = [threading.Thread(target=robot, args=(name,)) for name in "abcdef"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 120 and all(asked == got for asked, got in answers.items())
+
+
+def test_internal_error_has_an_id_that_the_log_has(caplog):
+    def fail(obs):
+        if obs["prompt"] == "bad":
+            raise ZeroDivisionError("secret detail")
+
+    with start(service_config("action"), stubs(EchoPolicy(fail))) as service, WebSocketClient(service.addresses["action"]) as client:
+        with pytest.raises(InferenceError, match=r"internal error ([0-9a-f]{8}): ") as caught:
+            client.infer({"prompt": "bad"})
+        assert "secret" not in str(caught.value) and "Traceback" not in str(caught.value)
+        assert "actions" in client.infer({"prompt": "good"})
+    error_id = str(caught.value).split()[2].rstrip(":")
+    logged = [record for record in caplog.records if error_id in record.getMessage()]
+    assert len(logged) == 1 and logged[0].exc_info is not None and logged[0].exc_info[0] is ZeroDivisionError
+
+
+def test_a_planner_that_fails(caplog):
+    def fail(obs):
+        raise RuntimeError("secret")
+
+    with start(service_config(), stubs(planner=EchoPlanner(fail))) as service, WebSocketClient(service.addresses["action"]) as client:
+        reply = client.infer({"prompt": "tidy"})
+        assert reply["asked"] == {"prompt": "tidy"} and reply["subtask"]["text"] == ""
+        assert "internal error" in reply["subtask"]["error"] and "secret" not in reply["subtask"]["error"]
+        with pytest.raises(InferenceError, match="internal error"):
+            client.infer({"prompt": "tidy", "mode": "subtask_only"})
+        assert "actions" in client.infer({"prompt": "tidy", "mode": "action_only"})
+
+
+@pytest.mark.parametrize(
+    ("slots", "refused"),
+    [
+        (("action",), "mode: subtask_only is not served on this endpoint, which has no planner"),
+        (("planner",), "mode: action_only is not served on this endpoint"),
+    ],
+)
+def test_single_slots(slots, refused):
+    with start(service_config(*slots), stubs()) as service:
+        assert service.service.config.mode == f"{slots[0]}_only"
+        assert ("admin" in service.addresses) == (slots == ("planner",))
+        with WebSocketClient(service.addresses[slots[0]]) as client:
+            assert slots[0] in ("action", "planner") and client.infer({"prompt": "x"})
+            with pytest.raises(InferenceError, match=refused):
+                client.infer({"prompt": "x", "mode": "subtask_only" if slots == ("action",) else "action_only"})
+
+
+def test_early_clients_are_held_until_ready():
+    load = threading.Event()
+
+    def slow(config):
+        assert load.wait(30)
+        return EchoPolicy()
+
+    with start(service_config("action"), Loaders(slow, slow), wait_ready=False) as service:
+        answers = []
+        with connect(service.addresses["action"], compression=None) as early:
+            health = httpx.get(service.http("action") + "/healthz")
+            assert (health.status_code, health.text) == (503, "starting\n")
+            early.ping().wait(10)
+            with pytest.raises(TimeoutError):
+                early.recv(timeout=0)
+            load.set()
+            answers.append(msgpack_numpy.unpack(early.recv(timeout=30))["action_horizon"])
+        assert answers == [10]
+
+
+def test_a_slot_that_cannot_load_ends_the_service():
+    def broken(config):
+        raise CheckpointError("no such checkpoint")
+
+    with pytest.raises(CheckpointError, match="no such checkpoint"), start(service_config("action"), Loaders(broken, broken)):
+        pass
+
+
+def test_a_port_in_use_is_one_readable_error():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = service_config("action", action_transport=ActionTransportConfig(websocket_port=port))
+        message = rf"action_transport.websocket_port: cannot listen on 127.0.0.1 port {port} \(Address already in use\); stop what uses it"
+        with pytest.raises(ConfigError, match=message), start(config, stubs()):
+            pass
+
+
+def test_drain_finishes_what_is_in_flight_and_takes_nothing_new():
+    working, finish = threading.Event(), threading.Event()
+
+    def hook(obs):
+        working.set()
+        assert finish.wait(30)
+
+    with start(service_config("action"), stubs(EchoPolicy(hook))) as service:
+        idle = connect(service.addresses["action"], compression=None, legacy=True)
+        idle.recv()
+        busy = WebSocketClient(service.addresses["action"])
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(busy.infer({"prompt": "x"})))
+        thread.start()
+        assert working.wait(30)
+        service.stop()
+        with pytest.raises((ConnectionClosedError, ConnectionClosedOK)) as closed:  # the idle one is closed at once
+            idle.recv(timeout=30)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
+        finish.set()
+        thread.join(30)
+        assert replies[0]["actions"].shape == (10, 14), "the accepted request was answered"
+        with pytest.raises((ConnectionClosedError, ConnectionClosedOK)):
+            busy.infer({"prompt": "z"})
+        assert service.wait_stopped() == 0
+
+
+def test_drain_gives_up_after_drain_s():
+    working, finish = threading.Event(), threading.Event()
+
+    def hook(obs):
+        working.set()
+        assert finish.wait(30)
+
+    with start(service_config("action", drain_s=0.0), stubs(EchoPolicy(hook))) as service:
+        client = WebSocketClient(service.addresses["action"])
+        outcomes = []
+
+        def robot():
+            try:
+                outcomes.append(client.infer({"prompt": "x"}))
+            except (ConnectionClosedError, ConnectionClosedOK) as closed:
+                outcomes.append(closed)
+
+        thread = threading.Thread(target=robot)
+        thread.start()
+        assert working.wait(30)
+        service.stop()
+        assert service.wait_stopped() == 1
+        finish.set()
+        thread.join(30)
+        assert isinstance(outcomes[0], ConnectionClosedError | ConnectionClosedOK)
