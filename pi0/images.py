@@ -124,4 +124,5 @@ def _linear_weights(size: int, new_size: int) -> NDArray[np.float32]:
     distance = np.abs(centres[:, None] - np.arange(size, dtype=np.float32)[None, :]) / support
     weights = np.maximum(np.float32(0.0), np.float32(1.0) - distance)
     total = weights.sum(axis=1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    normalized: NDArray[np.float32] = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return normalized

@@ -46,7 +46,8 @@ class LoraMerged:
             expected_up = (*stored[weight][:-2], *rank, *stored[weight][-1:])
             if stored[down] != expected_down or stored[up] != expected_up:
                 raise CheckpointError(
-                    f"LoRA leaves of {weight} {stored[weight]} do not fit it: {down} is {stored[down]}, expected {expected_down}; {up} is {stored[up]}, expected {expected_up}"
+                    f"LoRA leaves of {weight} {stored[weight]} do not fit it: {down} is {stored[down]}, expected {expected_down}; "
+                    f"{up} is {stored[up]}, expected {expected_up}"
                 )
             self._adapted[weight] = (down, up)
         self._shapes = {name: shape for name, shape in stored.items() if name not in adapters}

@@ -42,7 +42,8 @@ def load_norm_stats(checkpoint_dir: Path, asset_id: str, *, quantiles: bool) -> 
         assets = root / "assets"
         there = sorted(str(p.parent.relative_to(assets)) for p in assets.rglob("norm_stats.json")) if assets.is_dir() else []
         raise CheckpointError(
-            f"no norm stats for asset {asset_id!r}: {path} does not exist (assets in this checkpoint: {', '.join(there) or 'none'}); use the config the checkpoint was trained with, or add the file"
+            f"no norm stats for asset {asset_id!r}: {path} does not exist (assets in this checkpoint: {', '.join(there) or 'none'}); "
+            "use the config the checkpoint was trained with, or add the file"
         )
     try:
         entries = json.loads(path.read_text())["norm_stats"]

@@ -52,7 +52,8 @@ class OrbaxParams:
         self._stored_names, self._all_chunks_stored = _read_metadata(self.directory / "_METADATA")
         if not (self.directory / "manifest.ocdbt").is_file():
             raise CheckpointError(
-                f"{self.directory} has _METADATA but no manifest.ocdbt: only Orbax checkpoints in OCDBT storage are supported, or this one is incomplete"
+                f"{self.directory} has _METADATA but no manifest.ocdbt: only Orbax checkpoints in OCDBT storage are supported, "
+                "or this one is incomplete"
             )
         self._stores: dict[str, Any] = {}
 
@@ -124,7 +125,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, str], bool]:
         raise CheckpointError(f"{path} is not Orbax tree metadata: {_first_line(error)}") from error
     if metadata.get("use_zarr3"):
         raise CheckpointError(f"{path}: zarr v3 storage is not supported; save the checkpoint with use_zarr3=False")
-    if not paths:
+    if not paths or not all(paths):
         raise CheckpointError(f"{path} lists no parameters")
     strip_value = all(parts[-1] == _TRAILING for parts in paths)
     names: dict[str, str] = {}

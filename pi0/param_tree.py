@@ -117,7 +117,8 @@ def model_dims(shapes: Mapping[str, Shape]) -> ModelDims:
         kind = "pi0"
     else:
         raise CheckpointError(
-            f"the checkpoint has no action expert (neither {LLM}/final_norm_1/scale nor .../Dense_0/kernel): it is not a pi0 or pi0.5 model (pi0-FAST is not supported yet)"
+            f"the checkpoint has no action expert (neither {LLM}/final_norm_1/scale nor .../Dense_0/kernel): "
+            "it is not a pi0 or pi0.5 model (pi0-FAST is not supported yet)"
         )
     action_dim, expert_width = at("action_in_proj/kernel", 2)
     *_, expert_mlp = at(f"{LAYERS}/mlp_1/gating_einsum", 4)

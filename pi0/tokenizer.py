@@ -170,6 +170,7 @@ def _fit(ids: list[int], max_len: int, on_long_prompt: OnLongPrompt) -> Tokenize
     needed = len(ids)
     if needed > max_len and on_long_prompt == "error":
         raise PromptTooLongError(
-            f"prompt: has {needed} tokens (with everything the prompt format adds), but {max_len} fit; shorten it, or set on_long_prompt to truncate to have it cut"
+            f"prompt: has {needed} tokens (with everything the prompt format adds), but {max_len} fit; "
+            "shorten it, or set on_long_prompt to truncate to have it cut"
         )
     return TokenizedPrompt(np.asarray(ids[:max_len], np.int32), needed, needed > max_len)
