@@ -1,0 +1,320 @@
+"""Speed of the planner beside a plain decoder in the reference's way, on the same weights, interleaved in one run.
+
+    python -m benchmarks.planner [--quick] [--json FILE]
+
+The plain decoder is reference/model.md §13.3 written straightforwardly: prefix of three cameras and 200 prompt slots, 20 steps
+unrolled into one graph that never stops early, cache grown by concatenation, full vocabulary head masked afterwards.
+Weights: the golden pi0.5 checkpoint (real answers, some short) and random weights of larger sizes. Random weights do not end
+their answers, so "5 tokens" there is our call limited to 5, the length of a typical subtask (reference/model.md §13.6).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import planner  # noqa: F401  (sets what jax must find in the environment)
+
+# isort: split
+import jax
+import jax.numpy as jnp
+
+from pi0.lora import ParamSource
+from pi0.orbax import OrbaxParams
+from pi0.param_tree import ATTENTION, BLOCK, IMAGE_SIZE, IMG, LAYERS, LLM, BackboneDims, ExpertDims, VisionDims, backbone_shapes
+from pi0.tokenizer import EOS_ID, PLANNER_MAX_TOKENS, PromptTokenizer, TokenizedPrompt
+from planner.decoder import Decoder
+from planner.generator import pack
+from planner.observation import prepare_cameras
+from planner.restore import restore_from
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+STEPS = 20
+TYPICAL_TOKENS = 5
+PROMPT_FORMAT = "Task: {task}. Subtask: "
+
+Leaves = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Goal:
+    name: str
+    value: float
+    goal: str
+    reached: bool
+
+
+class RandomParams:
+    """Random weights of a model with these dimensions, scaled so that activations keep their size."""
+
+    def __init__(self, dims: BackboneDims) -> None:
+        self._shapes = backbone_shapes(dims)
+
+    def __iter__(self) -> Any:
+        return iter(self._shapes)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def read(self, name: str, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        shape = self._shapes[name]
+        scale = 0.02 if name.endswith(("bias", "scale")) else shape[-2] ** -0.5 if len(shape) > 1 else 1.0
+        values: NDArray[Any] = rng.standard_normal(shape, np.float32) * np.float32(scale)
+        return values.astype(dtype or np.float32)
+
+
+def plain_decode(leaves: Leaves, dims: BackboneDims, allowed: jax.Array, images: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """``[STEPS]`` tokens for images ``[3, 224, 224, 3]`` and one prompt ``[200]``; zeros after the end of text."""
+    embedding = leaves[f"{LLM}/embedder/input_embedding"]
+    embed = lambda tokens: embedding[tokens] * jnp.sqrt(embedding.shape[-1]).astype(embedding.dtype)  # noqa: E731
+    image_tokens = _plain_vision(leaves, dims.vision, images).reshape(1, -1, embedding.shape[-1])
+    x = jnp.concatenate([image_tokens, embed(ids)[None]], axis=1)
+    valid = jnp.concatenate([jnp.ones(image_tokens.shape[1], bool), mask])
+    last = image_tokens.shape[1] + mask.sum() - 1
+    hidden, cache = _plain_language(leaves, dims, x, (jnp.cumsum(valid) - 1)[None], (valid[:, None] & valid[None, :])[None], None)
+    token = _plain_choice(leaves, hidden[0, last], allowed)
+    tokens, done = [token], token == EOS_ID
+    for step in range(STEPS):
+        visible = jnp.concatenate([valid, jnp.ones(step + 1, bool)])[None, None]
+        hidden, cache = _plain_language(leaves, dims, embed(token)[None, None], (last + 1 + step)[None, None], visible, cache)
+        token = jnp.where(done, 0, _plain_choice(leaves, hidden[0, 0], allowed))
+        tokens.append(token)
+        done = done | (token == EOS_ID)
+    return jnp.stack(tokens[:STEPS])
+
+
+def _plain_choice(leaves: Leaves, hidden: jax.Array, allowed: jax.Array) -> jax.Array:
+    logits = (leaves[f"{LLM}/embedder/input_embedding"] @ hidden).astype(jnp.float32)
+    return jnp.argmax(jnp.where(allowed, logits, -1e9)).astype(jnp.int32)
+
+
+def _plain_vision(leaves: Leaves, dims: VisionDims, images: jax.Array) -> jax.Array:
+    kernel = leaves[f"{IMG}/embedding/kernel"]
+    x = jax.lax.conv_general_dilated(images, kernel, (dims.patch, dims.patch), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = (x + leaves[f"{IMG}/embedding/bias"]).reshape(images.shape[0], -1, dims.width) + leaves[f"{IMG}/pos_embedding"]
+
+    def norm(x: jax.Array, name: str, at: Any) -> jax.Array:
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * leaves[f"{name}/scale"][at] + leaves[f"{name}/bias"][at]
+
+    def dense(spec: str, x: jax.Array, name: str, at: Any) -> jax.Array:
+        return jnp.einsum(spec, x, leaves[f"{name}/kernel"][at]) + leaves[f"{name}/bias"][at]
+
+    def layer(x: jax.Array, at: jax.Array) -> tuple[jax.Array, None]:
+        y = norm(x, f"{BLOCK}/LayerNorm_0", at)
+        q, k, v = (dense("bsd,dnh->bsnh", y, f"{ATTENTION}/{part}", at) for part in ("query", "key", "value"))
+        probabilities = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q / jnp.sqrt(dims.head_dim), k))
+        x = x + dense("btnh,nhd->btd", jnp.einsum("bnts,bsnh->btnh", probabilities, v), f"{ATTENTION}/out", at)
+        y = jax.nn.gelu(dense("bsd,df->bsf", norm(x, f"{BLOCK}/LayerNorm_1", at), f"{BLOCK}/MlpBlock_0/Dense_0", at))
+        return x + dense("bsf,fd->bsd", y, f"{BLOCK}/MlpBlock_0/Dense_1", at), None
+
+    x, _ = jax.lax.scan(layer, x, jnp.arange(dims.depth))
+    return dense("bsd,dw->bsw", norm(x, f"{IMG}/Transformer/encoder_norm", ...), f"{IMG}/head", ...)
+
+
+def _plain_language(
+    leaves: Leaves, dims: BackboneDims, x: jax.Array, positions: jax.Array, visible: jax.Array, cache: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """As the reference: a scan over the layers (model.md §8), keys and values joined to those of the cache."""
+
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * (1 + scale)
+
+    def rotate(x: jax.Array) -> jax.Array:
+        angle = positions[:, :, None, None] / 10_000 ** (jnp.arange(dims.head_dim // 2) * 2 / dims.head_dim)
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1)
+
+    layers = {name.removeprefix(f"{LAYERS}/"): leaf for name, leaf in leaves.items() if name.startswith(f"{LAYERS}/")}
+
+    def layer(x: jax.Array, inputs: tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array] | None]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        w, cached = inputs
+        y = norm(x, w["pre_attention_norm/scale"])
+        if "attn/qkv_einsum/w" in w:
+            q, k, v = jnp.einsum("btd,cndh->cbtnh", y, w["attn/qkv_einsum/w"])
+        else:
+            q = jnp.einsum("btd,ndh->btnh", y, w["attn/q_einsum/w"])
+            k, v = jnp.einsum("btd,ckdh->cbtkh", y, w["attn/kv_einsum/w"])
+        q, k = rotate(q) * dims.head_dim**-0.5, rotate(k)
+        if cached is not None:
+            k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
+        q = q.reshape(*q.shape[:2], dims.kv_heads, -1, dims.head_dim)
+        logits = jnp.where(visible[:, None, None], jnp.einsum("btkgh,bskh->bkgts", q, k), -2.3819763e38)
+        attended = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(logits), v).reshape(*x.shape[:2], dims.heads, dims.head_dim)
+        x = x + jnp.einsum("btnh,nhd->btd", attended, w["attn/attn_vec_einsum/w"])
+        y = norm(x, w["pre_ffw_norm/scale"])
+        gate, up = w["mlp/gating_einsum"]
+        return x + (jax.nn.gelu(y @ gate) * (y @ up)) @ w["mlp/linear"], (k, v)
+
+    x, grown = jax.lax.scan(layer, x, (layers, cache))
+    return norm(x, leaves[f"{LLM}/final_norm/scale"]), grown
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: TokenizedPrompt
+    images: list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: medians over the timed rounds."""
+
+    weights: str
+    answer: str
+    tokens: int
+    steps_run: int
+    ours_ms: float
+    plain_ms: float
+    ours_compile_s: float
+    plain_compile_s: float
+    same_tokens: bool
+
+
+class Pair:
+    """Both decoders on the same weights, compiled, with the seconds that took."""
+
+    def __init__(self, name: str, source: ParamSource, allowed: NDArray[np.int32]) -> None:
+        self.name = name
+        params, self.dims = restore_from(source, allowed, np.dtype(np.float32), where=name)
+        self.ours = Decoder(params, self.dims)
+        self._leaves = {leaf: jnp.asarray(source.read(leaf, np.dtype(np.float32))) for leaf in backbone_shapes(self.dims)}
+        self._allowed = jnp.zeros(self.dims.vocab_size, bool).at[jnp.asarray(allowed)].set(True)
+        self.ours_compile_s, _ = _timed(lambda: self.ours.compile([(1, 3, 48)]))
+        jitted = jax.jit(functools.partial(plain_decode, dims=self.dims))
+        shapes = {"images": (3, IMAGE_SIZE, IMAGE_SIZE, 3), "ids": (PLANNER_MAX_TOKENS,), "mask": (PLANNER_MAX_TOKENS,)}
+        dtypes = {"images": jnp.float32, "ids": jnp.int32, "mask": jnp.bool_}
+        arguments = {key: jax.ShapeDtypeStruct(shapes[key], dtypes[key]) for key in shapes}
+        with jax.default_matmul_precision("highest"):
+            lowered = functools.partial(jitted.lower, self._leaves, allowed=self._allowed, **arguments)
+            self.plain_compile_s, self._plain = _timed(lambda: lowered().compile())
+
+    def run_ours(self, request: Request, max_tokens: int) -> tuple[list[int], int]:
+        decoded = self.ours(pack([request.prompt], [request.images]), max_tokens)
+        return decoded.tokens[0, : decoded.decode_steps[0] + 1].tolist(), int(decoded.loop_steps)
+
+    def run_plain(self, request: Request) -> list[int]:
+        ids, mask = request.prompt.padded(PLANNER_MAX_TOKENS)
+        tokens: list[int] = jax.device_get(
+            self._plain(self._leaves, allowed=self._allowed, images=np.stack(request.images), ids=ids, mask=mask)
+        ).tolist()
+        return tokens[: tokens.index(EOS_ID) + 1] if EOS_ID in tokens else tokens
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def measure(pair: Pair, request: Request, answer: str, rounds: int, max_tokens: int = STEPS) -> Row:
+    """Times both decoders turn by turn on one request."""
+    tokens, steps = pair.run_ours(request, max_tokens)
+    plain_tokens = pair.run_plain(request)
+    ours, plain = [], []
+    for _ in range(rounds):
+        ours.append(_timed(lambda: pair.run_ours(request, max_tokens))[0] * 1000)
+        plain.append(_timed(lambda: pair.run_plain(request))[0] * 1000)
+    return Row(
+        weights=pair.name,
+        answer=answer,
+        tokens=len(tokens),
+        steps_run=steps,
+        ours_ms=statistics.median(ours),
+        plain_ms=statistics.median(plain),
+        ours_compile_s=pair.ours_compile_s,
+        plain_compile_s=pair.plain_compile_s,
+        same_tokens=tokens == plain_tokens[: len(tokens)],
+    )
+
+
+def golden_rows(rounds: int, quick: bool) -> list[Row]:
+    pieces = PromptTokenizer(GOLDEN / "tokenizer" / "paligemma_tokenizer.model")
+    pair = Pair("golden", OrbaxParams(GOLDEN / "checkpoints" / "pi05_orbax"), pieces.allowed_tokens("printable_ascii"))
+    cases = {case["name"]: case for case in json.loads((GOLDEN / "planner" / "cases.json").read_text())["cases"]}
+    rows = []
+    for name in ("case_06", "case_03", "case_15", "case_04") if quick else sorted(cases):
+        case = cases[name]
+        with np.load(GOLDEN / "planner" / f"{name}.npz") as arrays:
+            images = {key.removeprefix("images/"): arrays[key] for key in arrays.files if key.startswith("images/")}
+        prompt = pieces.planner_prompt(case["prompt"], case["prompt_format"], on_long_prompt="truncate")
+        rows.append(measure(pair, Request(prompt, prepare_cameras(images, "grey")), name, rounds))
+    return rows
+
+
+def random_rows(name: str, dims: BackboneDims, rounds: int) -> list[Row]:
+    # No end of text among the allowed tokens, so that both decoders run to their limits.
+    pair = Pair(name, RandomParams(dims), np.arange(EOS_ID + 1, dims.vocab_size * 3 // 4, dtype=np.int32))
+    rng = np.random.default_rng(0)
+    images = [rng.uniform(-1, 1, (IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32) for _ in range(3)]
+    ids = rng.integers(3, dims.vocab_size, 24).astype(np.int32)
+    request = Request(TokenizedPrompt(ids, len(ids), False), images)
+    return [
+        measure(pair, request, f"{TYPICAL_TOKENS} tokens", rounds, TYPICAL_TOKENS),
+        measure(pair, request, f"{STEPS} tokens", rounds),
+    ]
+
+
+def goals(rows: list[Row]) -> list[Goal]:
+    extra = max(row.steps_run - row.tokens for row in rows)
+    typical = [row for row in rows if row.tokens <= TYPICAL_TOKENS + 1]
+    full = [row for row in rows if row.tokens == STEPS]
+    short_ratio = max(row.ours_ms / row.plain_ms for row in typical)
+    full_ratio = max(row.ours_ms / row.plain_ms for row in full)
+    compile_ratio = max(row.ours_compile_s / row.plain_compile_s for row in rows)
+    same = sum(row.same_tokens for row in rows) / len(rows)
+    return [
+        Goal("decode steps run minus tokens, worst", extra, "<= 1", extra <= 1),
+        Goal("same tokens as plain, share of requests", same, "= 1", same == 1),
+        Goal(f"our ms / plain ms, answers of <= {TYPICAL_TOKENS + 1} tokens, worst", short_ratio, "<= 0.9", short_ratio <= 0.9),
+        Goal(f"our ms / plain ms, answers of {STEPS} tokens, worst", full_ratio, "<= 1.0", full_ratio <= 1.0),
+        Goal("our compile s / plain compile s, worst", compile_ratio, "<= 0.5", compile_ratio <= 0.5),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer requests and rounds: at most 45 s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows and goals there")
+    options = parser.parse_args()
+    rounds = 3 if options.quick else 9
+    medium = BackboneDims(VisionDims(192, 3, 4, 48, 512, 14, 256), ExpertDims(512, 2048), 16_384, 4, 8, 1, 64)
+    large = BackboneDims(VisionDims(384, 8, 6, 64, 1024, 14, 256), ExpertDims(1024, 4096), 65_536, 12, 8, 1, 128)
+    rows = golden_rows(rounds, options.quick) + random_rows("random 512 × 4", medium, rounds)
+    if not options.quick:
+        rows += random_rows("random 1024 × 12", large, rounds)
+    machine = (
+        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.processor() or platform.machine()}, jax {jax.__version__}, float32"
+    )
+    reached = goals(rows)
+    print(f"machine: {machine}")
+    print(f"{'weights':<18}{'answer':<11}{'tokens':>7}{'steps':>7}{'ms':>9}{'plain ms':>10}{'ratio':>7}{'compile s':>11}{'plain s':>9}{'same':>6}")
+    for row in rows:
+        print(
+            f"{row.weights:<18}{row.answer:<11}{row.tokens:>7}{row.steps_run:>7}{row.ours_ms:>9.1f}{row.plain_ms:>10.1f}"
+            f"{row.ours_ms / row.plain_ms:>7.2f}{row.ours_compile_s:>11.2f}{row.plain_compile_s:>9.2f}{'yes' if row.same_tokens else 'NO':>6}"
+        )
+    print("\ngoals")
+    for goal in reached:
+        print(f"  {goal.name} → {goal.value:.3g}, goal {goal.goal}, {'reached' if goal.reached else 'NOT reached'}")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine, "rows": [asdict(row) for row in rows], "goals": [asdict(goal) for goal in reached]}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
