@@ -18,12 +18,11 @@ from hosting.config import ActionPromptTemplate, GenerationPromptFormat, MaxGene
 from hosting.config_problems import validation_problems
 from hosting.templates import (
     DEFAULT_ACTION_PROMPT_TEMPLATE,
-    DEFAULT_GENERATION_PROMPT_FORMAT,
-    DEFAULT_MAX_GENERATION_TOKENS,
     LiveSettings,
     PromptSettings,
 )
 from pi0.errors import ConfigError
+from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS
 
 _DESCRIPTION = """Edit what the planner is asked and what the action policy is told, while robots are connected.
 A change is in force from the next request on; a request that is running keeps the settings it started with."""

@@ -120,10 +120,16 @@ def prepare_planner_checkpoint(
     logs.configure("plain")
     _require_serving()
     from pi0.prepare import prepare_planner_checkpoint as prepare
+    from pi0.progress import show_progress
 
-    result = prepare(
-        hf_repo=hf_repo, tar_path_in_repo=tar_path_in_repo, output_dir=output_dir or data_home() / "pi05_subtask", force_download=force_download
-    )
+    with show_progress() as progress:
+        result = prepare(
+            hf_repo=hf_repo,
+            tar_path_in_repo=tar_path_in_repo,
+            output_dir=output_dir or data_home() / "pi05_subtask",
+            force_download=force_download,
+            progress=progress,
+        )
     typer.echo(f"planner checkpoint ready: {result.directory}")
 
 
@@ -142,15 +148,17 @@ def prepare_checkpoint(
     logs.configure("plain")
     _require_serving()
     from pi0.prepare import prepare_checkpoint as prepare
+    from pi0.progress import show_progress
 
-    result = prepare(
-        model_id=model_id,
-        openpi_assets_uri=openpi_assets_uri,
-        output_dir=output_dir or data_home() / "pi05_base_openpi",
-        required_asset_id=required_asset_id,
-        force_download=force_download,
-        data_home=data_home(),
-    )
+    with show_progress() as progress:
+        result = prepare(
+            model_id=model_id,
+            openpi_assets_uri=openpi_assets_uri,
+            output_dir=output_dir or data_home() / "pi05_base_openpi",
+            required_asset_id=required_asset_id,
+            force_download=force_download,
+            progress=progress,
+        )
     typer.echo(f"checkpoint ready: {result.directory}")
 
 
@@ -174,27 +182,36 @@ def measure_websocket(
 
 
 def _overrides(assignments: list[str] | None) -> dict[str, Any]:
-    """``["a.b=1"]`` → ``{"a": {"b": 1}}``; a value that is not JSON is a string.
+    """``["a.b=1"]`` → ``{"a": {"b": 1}}``; values are read as environment variables are, so a string field keeps ``1`` as text.
 
     Raises:
-        ConfigError: an assignment without a field or ``=``, or fields that contradict each other.
+        ConfigError: an assignment without a field or ``=``, a value that cannot be read, or fields that contradict each other.
     """
+    from hosting.config import ServiceConfig
+    from hosting.config_problems import field_at
+    from hosting.config_sources import parse_value
+
     overrides: dict[str, Any] = {}
     for assignment in assignments or []:
         field, equals, text = assignment.partition("=")
         if not equals or not all(field.split(".")):
             raise ConfigError(f"--set {assignment}: expected FIELD=VALUE, e.g. action.dtype=float32")
+        target = field_at(ServiceConfig, tuple(field.split(".")))
         try:
-            value: Any = json.loads(text)
-        except ValueError:
-            value = text
+            # An unknown field is reported with all other problems of the configuration.
+            value = text if target is None else parse_value(text, target)
+        except ValueError as error:
+            raise ConfigError(f"--set {field}: {error}") from None
         *sections, name = field.split(".")
         at = overrides
         for section in sections:
             at = at.setdefault(section, {})
             if not isinstance(at, dict):
-                raise ConfigError(f"--set {assignment}: {section} was already set to a value")
-        at[name] = value
+                raise ConfigError(f"--set {assignment}: {section} was already set to {json.dumps(at)}; leave one of the two out")
+        if isinstance(value, dict) and isinstance(at.get(name), dict):
+            at[name] |= value
+        else:
+            at[name] = value
     return overrides
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from hosting.failures import client_text
 from hosting.policy import Observation, PlannerPolicy, Policy, Reply, RequestError, UnavailableError
-from hosting.routing import RequestMode, SlotCall, Steps, prompt_text, request_mode, run, without_mode
+from hosting.routing import RequestMode, SlotCall, Steps, request_mode, run, without_mode
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, parse_action_prompt_template
+from pi0.prompt import prompt_text
 
 OnFailure = Literal["use_task", "fail"]
 

@@ -21,15 +21,13 @@ from hosting.config_problems import shown, unknown_field, validation_problems
 from hosting.config_sources import Layer, merge, read_environment, read_file, read_mapping
 from hosting.templates import (
     DEFAULT_ACTION_PROMPT_TEMPLATE,
-    DEFAULT_GENERATION_PROMPT_FORMAT,
-    DEFAULT_MAX_GENERATION_TOKENS,
     LONE_SURROGATE,
-    MAX_GENERATION_TOKENS,
     Template,
     parse_action_prompt_template,
     parse_generation_prompt_format,
 )
 from pi0.errors import ConfigError
+from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS, MAX_GENERATION_TOKENS
 
 Mode = Literal["combined", "action_only", "planner_only"]
 Slot = Literal["action", "planner"]

@@ -31,5 +31,5 @@ def configure(log_format: Literal["plain", "json"], *, level: int = logging.INFO
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # Their start-up chatter says nothing that our own lines do not.
-    for noisy in ("uvicorn", "httpx", "httpcore", "jax", "absl", "fsspec", "asyncio"):
+    for noisy in ("uvicorn", "httpx", "httpx2", "httpcore", "jax", "absl", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))

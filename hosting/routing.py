@@ -10,9 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from hosting.policy import ModeError, Observation, ObservationError, PlannerPolicy, Policy, Reply
+from hosting.policy import ModeError, Observation, PlannerPolicy, Policy, Reply
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings
 
@@ -84,29 +82,6 @@ def request_mode(obs: Observation, loaded: frozenset[RequestMode]) -> RequestMod
 def without_mode(obs: Observation) -> dict[str, Any]:
     """``obs`` as the policies see it."""
     return {key: value for key, value in obs.items() if key != "mode"}
-
-
-def prompt_text(obs: Observation, default: str | None = None) -> str:
-    """The task of an observation: ``prompt`` as str, UTF-8 bytes or a string array without axes, else ``default``.
-
-    Raises:
-        ObservationError: there is none, or it is something else.
-    """
-    prompt = obs.get("prompt")
-    if prompt is None:
-        if default is None:
-            raise ObservationError("prompt: missing; send the task as a string")
-        return default
-    if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
-        prompt = prompt.item()
-    if isinstance(prompt, bytes):
-        try:
-            return prompt.decode()
-        except UnicodeDecodeError as error:
-            raise ObservationError("prompt: bytes that are not UTF-8") from error
-    if not isinstance(prompt, str):
-        raise ObservationError(f"prompt: expected a string, got {type(prompt).__name__}")
-    return prompt
 
 
 def action_route(policy: Policy) -> Route:

@@ -16,18 +16,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pi0.errors import ConfigError
+from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS, MAX_GENERATION_TOKENS
 
 logger = logging.getLogger(__name__)
 
 MAX_TEMPLATE_CHARS: Final = 2_000
 """Longest template, in characters: far beyond what fits in a model's 200 prompt tokens, far below what could hurt."""
 
-MAX_GENERATION_TOKENS: Final = 256
-"""Most tokens a subtask may be allowed to have."""
-
-DEFAULT_GENERATION_PROMPT_FORMAT: Final = "Task: {task}. Subtask: "
 DEFAULT_ACTION_PROMPT_TEMPLATE: Final = "{task}. Subtask: {subtask}"
-DEFAULT_MAX_GENERATION_TOKENS: Final = 20
 
 LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 """JSON can spell half a character; no tokenizer, terminal or reply can carry it."""

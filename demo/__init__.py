@@ -1,0 +1,1 @@
+"""The embedded default: what ``make demo`` shows to someone without a robot, a GPU or a checkpoint."""
