@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.param_tree import ATTENTION, IMG, BackboneDims, ExpertDims, ModelDims, VisionDims, model_shapes
+from pi0.errors import CheckpointError
+from pi0.param_tree import ATTENTION, IMG, LLM, BackboneDims, ExpertDims, ModelDims, VisionDims, model_shapes
 from pi0.tokenizer import TOKENIZER_FILE
 
 logger = logging.getLogger(__name__)
@@ -38,26 +39,32 @@ DIMS = ModelDims(
     action_dim=32,
 )
 
+_SEED = 33
 _COMPLETE = "demo.json"
-_VERSION = 1
-_SEED = 20
+_COMPLETE_TEXT = json.dumps({"version": 1, "model_config_name": MODEL_CONFIG}) + "\n"
 
 
 def ensure_checkpoints(directory: Path) -> tuple[Path, Path]:
     """(planner checkpoint, action checkpoint) below ``directory``, written on first use.
 
     Both are written beside ``directory`` and renamed into place, so an interrupted first run leaves nothing behind that looks complete.
+
+    Raises:
+        CheckpointError: ``directory`` holds something else, or cannot be written.
     """
     planner, action = directory / "planner", directory / "action"
     marker = directory / _COMPLETE
-    if marker.is_file() and json.loads(marker.read_text()).get("version") == _VERSION:
+    if marker.is_file() and marker.read_text() == _COMPLETE_TEXT:
         return planner, action
     if directory.exists():
-        raise FileExistsError(f"{directory} exists but holds no demo checkpoints of this version; remove it, or choose another with --directory")
+        raise CheckpointError(f"{directory} exists but holds no demo checkpoints of this version; remove it, or choose another with --directory")
     logger.info("writing the demo's checkpoints to %s", directory)
     scratch = directory.with_name(f"{directory.name}.partial-demo")
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run; nothing but this function writes there
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {directory}: {error.strerror}; choose another with --directory") from error
     tokenizer = train_tokenizer()
     # Imported here, not above: both bring their slot's framework.
     from action.export import convert_to_safetensors
@@ -69,7 +76,7 @@ def ensure_checkpoints(directory: Path) -> tuple[Path, Path]:
     write_params(scratch / "planner" / "params", random_leaves(DIMS, seed=_SEED))
     convert_to_safetensors(scratch / "planner", scratch / "action")
     write_norm_stats(scratch / "action")
-    (scratch / _COMPLETE).write_text(json.dumps({"version": _VERSION, "model_config_name": MODEL_CONFIG}) + "\n")
+    (scratch / _COMPLETE).write_text(_COMPLETE_TEXT)
     scratch.rename(directory)
     return planner, action
 
@@ -82,10 +89,12 @@ def random_leaves(dims: ModelDims, *, seed: int) -> dict[str, NDArray[np.float32
         value = rng.standard_normal(shape, dtype=np.float32)
         if name.endswith("LayerNorm_0/scale") or name.endswith("LayerNorm_1/scale") or name.endswith("encoder_norm/scale"):
             value = 1 + 0.1 * value
+        elif name == f"{LLM}/final_norm/scale":
+            value *= 2.0  # with the small embedding, so that the tied head does not merely repeat the last token
+        elif name.endswith("input_embedding"):
+            value *= 0.3 * shape[-1] ** -0.5
         elif name.endswith(("/scale", "/bias", "pos_embedding")):
             value *= 0.1
-        elif name.endswith("input_embedding"):
-            value *= shape[-1] ** -0.5
         else:
             value *= _fan_in(name, shape) ** -0.5
         leaves[name] = value

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from websockets.exceptions import ConnectionClosed
 
 from demo import scene
 from demo.checkpoints import MODEL_CONFIG, ensure_checkpoints
@@ -23,6 +24,7 @@ from hosting import logs
 from hosting.clients.websocket import WebSocketClient
 from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, PlannerTransportConfig, ServiceConfig
 from hosting.service import Service
+from hosting.transports.websocket import GOING_AWAY
 
 _SHOWN = 8
 
@@ -93,10 +95,12 @@ async def _run(config: ServiceConfig, console: Console, *, steps: int, stay: boo
         with _display(console, headless) as display:
             streaming = asyncio.create_task(_stream(service.addresses["action"], steps, display))
             await asyncio.wait([serving, streaming], return_when=asyncio.FIRST_COMPLETED)
-        if streaming.done():
-            streaming.result()
-        else:
+        if not streaming.done():
             streaming.cancel()
+        elif isinstance(ended := streaming.exception(), ConnectionClosed) and ended.rcvd is not None and ended.rcvd.code == GOING_AWAY:
+            return await serving  # Ctrl-C in the middle of the stream
+        else:
+            streaming.result()
         if not serving.done():
             if stay:
                 console.print(_what_next(service.addresses))
