@@ -20,6 +20,7 @@ from action.embodiments.base import Observation
 from action.processing import PreparedObservation, Processor
 from action.sampler import COMPILE_MODES, FlowSampler, ModelInput
 from pi0.errors import CheckpointError, ConfigError, PolicyError, RequestError
+from pi0.locations import default_data_home, resolve
 from pi0.norm_stats import load_norm_stats
 from pi0.tokenizer import OnLongPrompt, PromptTokenizer, find_tokenizer
 
@@ -61,11 +62,11 @@ class ActionPolicy:
         on_long_prompt: OnLongPrompt = "error",
         compile_mode: str | None = None,
     ) -> Self:
-        """A policy from a local openpi, LeRobot or Orbax checkpoint.
+        """A policy from an openpi, LeRobot or Orbax checkpoint.
 
         Args:
             model_config_name: an openpi config name, or a config of your own.
-            checkpoint_dir: the checkpoint root or its ``params/``; norm stats come from its ``assets/``.
+            checkpoint_dir: the checkpoint root or its ``params/``, local or ``gs://``, ``s3://``, ``hf://``; norm stats come from its ``assets/``.
             tokenizer: a SentencePiece model; None takes the checkpoint's, else the cached PaliGemma one.
             dtype: ``"float32"`` or ``"bfloat16"``; None is bfloat16 on CUDA and float32 elsewhere.
             device: None is CUDA where there is one, else the CPU.
@@ -88,7 +89,7 @@ class ActionPolicy:
         if compile_mode is not None and compile_mode not in COMPILE_MODES:
             raise ConfigError(f"compile mode: got {compile_mode!r}, expected None (eager), auto, or one of {', '.join(COMPILE_MODES)}")
         torch_dtype = _dtype(dtype, torch_device)
-        root = Path(checkpoint_dir)
+        root = resolve(checkpoint_dir, data_home=default_data_home())
         # The small files first: a wrong name should not cost the minutes that the weights take.
         norm_stats = load_norm_stats(root, config.asset_id, quantiles=config.use_quantiles)
         prompts = PromptTokenizer(find_tokenizer(tokenizer, root))

@@ -10,10 +10,8 @@ their answers, so "5 tokens" there is our call limited to 5, the length of a typ
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import platform
 import statistics
 import time
 import zlib
@@ -31,6 +29,7 @@ import planner  # noqa: F401  (sets what jax must find in the environment)
 import jax
 import jax.numpy as jnp
 
+from benchmarks.report import Goal, arguments, finish, machine
 from pi0.lora import ParamSource
 from pi0.orbax import OrbaxParams
 from pi0.param_tree import ATTENTION, BLOCK, IMAGE_SIZE, IMG, LAYERS, LLM, BackboneDims, ExpertDims, VisionDims, backbone_shapes
@@ -46,14 +45,6 @@ TYPICAL_TOKENS = 5
 PROMPT_FORMAT = "Task: {task}. Subtask: "
 
 Leaves = dict[str, jax.Array]
-
-
-@dataclass(frozen=True)
-class Goal:
-    name: str
-    value: float
-    goal: str
-    reached: bool
 
 
 class RandomParams:
@@ -286,34 +277,21 @@ def goals(rows: list[Row]) -> list[Goal]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer requests and rounds: at most 45 s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows and goals there")
-    options = parser.parse_args()
+    options = arguments(__doc__)
     rounds = 3 if options.quick else 9
     medium = BackboneDims(VisionDims(192, 3, 4, 48, 512, 14, 256), ExpertDims(512, 2048), 16_384, 4, 8, 1, 64)
     large = BackboneDims(VisionDims(384, 8, 6, 64, 1024, 14, 256), ExpertDims(1024, 4096), 65_536, 12, 8, 1, 128)
     rows = golden_rows(rounds, options.quick) + random_rows("random 512 × 4", medium, rounds)
     if not options.quick:
         rows += random_rows("random 1024 × 12", large, rounds)
-    machine = (
-        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.processor() or platform.machine()}, jax {jax.__version__}, float32"
-    )
-    reached = goals(rows)
-    print(f"machine: {machine}")
+    print(f"{machine()}; jax {jax.__version__} on {jax.devices()[0].device_kind}, float32")
     print(f"{'weights':<18}{'answer':<11}{'tokens':>7}{'steps':>7}{'ms':>9}{'plain ms':>10}{'ratio':>7}{'compile s':>11}{'plain s':>9}{'same':>6}")
     for row in rows:
         print(
             f"{row.weights:<18}{row.answer:<11}{row.tokens:>7}{row.steps_run:>7}{row.ours_ms:>9.1f}{row.plain_ms:>10.1f}"
             f"{row.ours_ms / row.plain_ms:>7.2f}{row.ours_compile_s:>11.2f}{row.plain_compile_s:>9.2f}{'yes' if row.same_tokens else 'NO':>6}"
         )
-    print("\ngoals")
-    for goal in reached:
-        print(f"  {goal.name} → {goal.value:.3g}, goal {goal.goal}, {'reached' if goal.reached else 'NOT reached'}")
-    if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "rows": [asdict(row) for row in rows], "goals": [asdict(goal) for goal in reached]}, indent=1)
-        )
+    finish(goals(rows), {"rows": [asdict(row) for row in rows]}, options.json)
 
 
 if __name__ == "__main__":

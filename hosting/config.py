@@ -303,11 +303,6 @@ def pytorch_compile_mode(environ: Mapping[str, str] = os.environ) -> CompileMode
     raise ConfigError(f"OPENPI_PYTORCH_COMPILE_MODE: expected one of {', '.join(_COMPILE_MODES)}, eager, none; got {text!r}")
 
 
-def data_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where downloads are kept: ``OPENPI_DATA_HOME``, else ``~/.cache/openpi``."""
-    return Path(environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
-
-
 def _config_file(path: Path | None, environ: Mapping[str, str]) -> tuple[Path, str] | None:
     if path is not None:
         return path, "given by --config"

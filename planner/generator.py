@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pi0.cameras import MODEL_CAMERAS, camera_images
 from pi0.errors import ConfigError
+from pi0.locations import default_data_home, resolve
 from pi0.param_tree import IMAGE_SIZE
 from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS, MAX_GENERATION_TOKENS, prompt_text
 from pi0.tokenizer import PLANNER_MAX_TOKENS, AllowedTokens, OnLongPrompt, PromptTokenizer, TokenizedPrompt, find_tokenizer
@@ -85,7 +86,7 @@ class SubtaskGenerator:
         checkpoint_dir: str | Path,
         *,
         tokenizer: str | Path | None = None,
-        dtype: PlannerDtype | None = None,
+        dtype: PlannerDtype | jnp.dtype | type | None = None,
         max_generation_tokens: int = DEFAULT_MAX_GENERATION_TOKENS,
         generation_prompt_format: str = DEFAULT_GENERATION_PROMPT_FORMAT,
         allowed_tokens: AllowedTokens = "text",
@@ -95,9 +96,9 @@ class SubtaskGenerator:
         """Restores the planner's part of an openpi JAX checkpoint. Nothing is compiled yet; see :meth:`warmup`.
 
         Args:
-            checkpoint_dir: the checkpoint's root or its ``params/``.
+            checkpoint_dir: the checkpoint's root or its ``params/``, local or ``gs://``, ``s3://``, ``hf://``.
             tokenizer: a SentencePiece model; without it ``paligemma_tokenizer.model`` beside the checkpoint, else the cached download.
-            dtype: of weights and computation; without it bfloat16 on an accelerator and float32 on a CPU.
+            dtype: of weights and computation, a name or a numpy or jax dtype; without it bfloat16 on an accelerator and float32 on a CPU.
             max_generation_tokens: most tokens of a subtask, end of text included, 1 to 256.
             generation_prompt_format: the prompt, with ``{task}`` where the task goes.
             allowed_tokens: what may be generated: ``"text"``, or openpi-flash's ``"printable_ascii"`` (reference/model.md §13.4).
@@ -111,9 +112,11 @@ class SubtaskGenerator:
         _one_of("allowed_tokens", allowed_tokens, get_args(AllowedTokens))
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        weights_dtype = jnp.dtype(_one_of("dtype", dtype, get_args(PlannerDtype)))
-        pieces = PromptTokenizer(find_tokenizer(tokenizer, Path(checkpoint_dir)))
-        params, dims = restore(checkpoint_dir, pieces.allowed_tokens(allowed_tokens), weights_dtype)
+        dtype_name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        weights_dtype = jnp.dtype(_one_of("dtype", dtype_name, get_args(PlannerDtype)))
+        root = resolve(checkpoint_dir, data_home=default_data_home())
+        pieces = PromptTokenizer(find_tokenizer(tokenizer, root))
+        params, dims = restore(root, pieces.allowed_tokens(allowed_tokens), weights_dtype)
         return cls(
             Decoder(params, dims),
             pieces,

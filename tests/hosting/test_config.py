@@ -17,7 +17,6 @@ from hosting.config import (
     ActionTransportConfig,
     PlannerConfig,
     ServiceConfig,
-    data_home,
     describe,
     load_config,
     pytorch_compile_mode,
@@ -441,10 +440,6 @@ class TestEnvironment:
         assert str(error.value) == (
             "OPENPI_PYTORCH_COMPILE_MODE: expected one of default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs, eager, none; got 'fast'"
         )
-
-    def test_data_home(self) -> None:
-        assert data_home({"OPENPI_DATA_HOME": "/data/pi"}) == Path("/data/pi")
-        assert data_home({}) == data_home({"OPENPI_DATA_HOME": ""}) == Path.home() / ".cache" / "openpi"
 
 
 class TestPrecedence:

@@ -264,6 +264,7 @@ def test_settings_out_of_range_are_config_errors(generator: SubtaskGenerator, op
         ({"missing_cameras": "black"}, "missing_cameras: got 'black', expected one of mask, grey"),
         ({"on_long_prompt": "cut"}, "on_long_prompt: got 'cut', expected one of error, truncate"),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
+        ({"dtype": np.int8}, "dtype: got 'int8', expected one of float32, bfloat16"),
     ],
 )
 def test_unknown_options_are_config_errors(options: dict[str, Any], message: str) -> None:
