@@ -67,6 +67,7 @@ def serve_peer(ready: Connection) -> None:
     import http
 
     from websockets.asyncio.server import serve
+    from websockets.exceptions import ConnectionClosed
 
     policy = NoOp()
 
@@ -75,7 +76,11 @@ def serve_peer(ready: Connection) -> None:
         prev_total_s = None
         while True:
             started_s = time.monotonic()
-            obs = msgpack_numpy.unpack(await websocket.recv())
+            try:
+                message = await websocket.recv()
+            except ConnectionClosed:
+                return
+            obs = msgpack_numpy.unpack(message)
             infer_s = time.monotonic()
             reply = policy.infer(obs)
             reply = {**reply, "server_timing": {"infer_ms": (time.monotonic() - infer_s) * 1e3}}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import uvicorn
@@ -20,12 +21,13 @@ from starlette.types import ASGIApp
 from hosting import __version__
 from hosting.admin import create_admin_app
 from hosting.combined import CombinedPolicy
-from hosting.config import ServiceConfig, data_home, pytorch_compile_mode
+from hosting.config import ServiceConfig, pytorch_compile_mode
 from hosting.endpoint import Endpoint
 from hosting.policy import ConfigError, PlannerPolicy, Policy
 from hosting.routing import Slot, action_route, planner_route
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings, PromptSettings
+from hosting.transports.bulk_websocket import BulkWebSocketProtocol
 from hosting.transports.websocket import WebSocketTransport
 
 logger = logging.getLogger(__name__)
@@ -211,16 +213,14 @@ class _Server(uvicorn.Server):
 
 def load_action(config: ServiceConfig) -> Policy:
     """The configured action policy. Imports torch."""
-    from pi0.locations import resolve
-
     from action import ActionPolicy
 
     assert config.action is not None
-    slot, home = config.action, data_home()
+    slot = config.action
     mode = pytorch_compile_mode()
     policy: Policy = ActionPolicy.load(
         slot.model_config_name,
-        resolve(slot.checkpoint_dir, data_home=home),
+        _local(slot.checkpoint_dir),
         tokenizer=slot.tokenizer,
         dtype=slot.dtype,
         device=slot.device,
@@ -234,14 +234,12 @@ def load_action(config: ServiceConfig) -> Policy:
 
 def load_planner(config: ServiceConfig) -> PlannerPolicy:
     """The configured subtask generator. Imports jax."""
-    from pi0.locations import resolve
-
     from planner import SubtaskGenerator
 
     assert config.planner is not None
     slot = config.planner
     generator: PlannerPolicy = SubtaskGenerator.load(
-        resolve(slot.checkpoint_dir, data_home=data_home()),
+        _local(slot.checkpoint_dir),
         tokenizer=slot.tokenizer,
         dtype=slot.dtype,
         max_generation_tokens=slot.max_generation_tokens,
@@ -251,6 +249,15 @@ def load_planner(config: ServiceConfig) -> PlannerPolicy:
         on_long_prompt=slot.on_long_prompt,
     )
     return generator
+
+
+def _local(checkpoint_dir: str) -> Path:
+    """The checkpoint on this machine; a remote one is fetched on first use."""
+    from pi0.locations import default_data_home, resolve
+    from pi0.progress import show_progress
+
+    with show_progress() as progress:
+        return resolve(checkpoint_dir, data_home=default_data_home(), progress=progress)
 
 
 def _load_slot(slot: Slot, load: Callable[[ServiceConfig], T], config: ServiceConfig) -> T:
@@ -279,7 +286,7 @@ def _prompt_settings(config: ServiceConfig) -> PromptSettings:
 def _server_config(app: ASGIApp, max_message_bytes: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        ws="websockets-sansio",
+        ws=BulkWebSocketProtocol,
         ws_max_size=max_message_bytes,
         ws_per_message_deflate=False,
         ws_ping_interval=_PING_S,

@@ -1,0 +1,192 @@
+"""uvicorn's WebSocket protocol with a short way in for large binary messages: an observation with its camera images.
+
+The sans-I/O parser below it appends every read to a growing buffer, slices the frame out and unmasks it into a third copy; for
+450 kB that costs about as much as everything else the server does. Here a large frame is received into the buffer that the app gets, and
+unmasked in place. Everything else is the parser's business: the handshake, control frames, text, small or fragmented messages,
+close codes, and every frame that breaks RFC 6455.
+
+To know where a frame begins, the headers of all frames are read here as well (RFC 6455 §5.2); no state of the parser is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame, Opcode
+
+_READ_BYTES = 16 * 1024
+"""What is read at once while nothing large is expected."""
+
+_TRUSTED_BYTES = 1024 * 1024
+"""How much is reserved for a frame on the word of its header; an observation fits, so that it never moves."""
+
+_GROWTH = 4
+"""Beyond that, how many times the bytes that did arrive are reserved: a header alone buys a client no memory."""
+
+_FIN = 0x80
+_MASKED = 0x80
+_WHOLE_BINARY = _FIN | Opcode.BINARY
+_MASKED_LENGTH_64 = _MASKED | 127
+_BULK_HEADER = _MAX_HEADER = 14
+_HEADER_SIZE = tuple(2 + {126: 2, 127: 8}.get(second & 127, 0) + (4 if second & _MASKED else 0) for second in range(256))
+"""Size of a frame header by its second byte."""
+
+_PAD = 2
+"""Bytes before a header that is read together with its payload, so that the payload is aligned to words."""
+
+
+class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
+    """For ``ws=`` of :class:`uvicorn.Config`.
+
+    ``websocket.receive`` events carry a :class:`memoryview` instead of bytes for a masked, unfragmented binary frame with a 64-bit
+    length (65536 bytes and more). Order, backpressure, ``ws_max_size`` and close codes are the parent's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._landing: NDArray[np.uint8] | None = None  # where a read goes that begins outside a bulk frame
+        self._expected = 0  # size of the bulk frame before: the next one is likely to be as large
+        self._header = b""  # of the next frame, until it is whole
+        self._to_parser = 0  # bytes of the current frame that the parser has yet to get
+        self._fragmented = False  # between the first and the last frame of a fragmented message
+        self._bulk: _BulkFrame | None = None
+        self._app_waits = False
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._bulk is not None:
+            return self._bulk.free()
+        # Made when something comes and dropped once it is read: an idle connection holds nothing.
+        self._landing = np.empty(_PAD + _BULK_HEADER + max(self._expected, _READ_BYTES), np.uint8)
+        return self._landing.data[_PAD:]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._bulk is not None:
+            self._bulk.filled(nbytes)
+            self._deliver_if_whole(self._bulk)
+            return
+        assert self._landing is not None
+        landing, self._landing = self._landing, None
+        self._expected = 0
+        self._feed(landing.data[_PAD : _PAD + nbytes], landing)
+
+    def data_received(self, data: bytes) -> None:
+        """The upgrade request comes this way, and all data from event loops that prefer it (uvloop)."""
+        if self.handshake_initiated:
+            self._feed(memoryview(data))
+        else:
+            super().data_received(data)
+
+    async def receive(self) -> Any:
+        self._app_waits = True
+        try:
+            return await super().receive()
+        finally:
+            self._app_waits = False
+
+    def _feed(self, data: memoryview, landing: NDArray[np.uint8] | None = None) -> None:
+        """Take ``data`` apart into frames. ``landing`` is the buffer that ``data`` begins in, where it may stay."""
+        # After a close frame or a violation nothing counts any more; the parent has begun to close the transport.
+        while data and not self.transport.is_closing():
+            if self._bulk is not None:
+                data = data[self._bulk.take(data) :]
+                self._deliver_if_whole(self._bulk)
+            elif self._to_parser:
+                piece, data = data[: self._to_parser], data[self._to_parser :]
+                self._to_parser -= len(piece)
+                super().data_received(bytes(piece))
+            else:
+                data = self._begin_frame(data, landing)
+            landing = None
+
+    def _begin_frame(self, data: memoryview, landing: NDArray[np.uint8] | None) -> memoryview:
+        """Complete the header of the next frame and decide who takes the frame; returns what is left of ``data``."""
+        known = len(self._header)
+        header = self._header + bytes(data[: _MAX_HEADER - known])
+        size = _HEADER_SIZE[header[1]] if len(header) > 1 else _MAX_HEADER
+        if len(header) < size:
+            self._header = header
+            return data[len(header) - known :]
+        self._header, header, data = b"", header[:size], data[size - known :]
+        length = header[1] & 127
+        if length >= 126:
+            length = int.from_bytes(header[2 : 4 if length == 126 else 10], "big")
+        if header[0] == _WHOLE_BINARY and header[1] == _MASKED_LENGTH_64 and not self._fragmented and length <= self.config.ws_max_size:
+            self._expected = min(length, _TRUSTED_BYTES)
+            if landing is not None and not known:
+                self._bulk = _BulkFrame(length, header[-4:], landing[_PAD + _BULK_HEADER :])
+                count = min(length, len(data))
+                self._bulk.filled(count)
+                data = data[count:]
+            else:
+                self._bulk = _BulkFrame(length, header[-4:], np.empty(self._expected, np.uint8))
+            self._deliver_if_whole(self._bulk)
+        else:
+            if header[0] & 0x0F in (Opcode.CONT, Opcode.TEXT, Opcode.BINARY):
+                self._fragmented = not header[0] & _FIN
+            self._to_parser = length
+            super().data_received(header)
+        return data
+
+    def _deliver_if_whole(self, bulk: _BulkFrame) -> None:
+        if not bulk.whole:
+            return
+        self._bulk = None
+        if self._app_waits and not self.close_sent:
+            # The parent would pause reading until the app takes the message, which is at once: spare two system calls.
+            self._app_waits = False
+            self.queue.put_nowait({"type": "websocket.receive", "bytes": cast(bytes, bulk.unmasked())})
+        else:
+            self.handle_bytes(Frame(Opcode.BINARY, bulk.unmasked()))
+
+
+class _BulkFrame:
+    """The payload of one frame as it arrives.
+
+    Args:
+        length: bytes of payload that the header announced.
+        mask: the 4 bytes that the client XORed it with, over and over.
+        buffer: where it goes, at least at first; may be smaller or larger than the payload.
+    """
+
+    def __init__(self, length: int, mask: bytes, buffer: NDArray[np.uint8]) -> None:
+        self._length = length
+        self._mask = mask
+        self._received = 0
+        self._buffer = buffer[:length]
+
+    @property
+    def whole(self) -> bool:
+        return self._received == self._length
+
+    def free(self) -> memoryview:
+        """Where the next bytes of the payload go; never empty while the frame is not whole, never beyond its end."""
+        if self._received == len(self._buffer):
+            # Not zeroed: pages that no data came for never become memory.
+            grown = np.empty(min(self._length, max(_GROWTH * self._received, _TRUSTED_BYTES)), np.uint8)
+            grown[: self._received] = self._buffer
+            self._buffer = grown
+        return self._buffer.data[self._received :]
+
+    def filled(self, count: int) -> None:
+        """``count`` bytes came in :meth:`free`."""
+        self._received += count
+
+    def take(self, data: memoryview) -> int:
+        """Copy from ``data`` what belongs to this frame; returns how many bytes that were."""
+        free = self.free()
+        count = min(len(free), len(data))
+        free[:count] = data[:count]
+        self._received += count
+        return count
+
+    def unmasked(self) -> memoryview:
+        """The payload of the whole frame, unmasked in place: call it once."""
+        words = self._buffer[: self._length & ~7].view(np.uint64)
+        np.bitwise_xor(words, np.frombuffer(self._mask * 2, np.uint64), out=words)
+        rest = self._buffer[self._length & ~7 :]
+        np.bitwise_xor(rest, np.frombuffer(self._mask * 2, np.uint8, len(rest)), out=rest)
+        return self._buffer.data

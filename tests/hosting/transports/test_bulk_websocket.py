@@ -1,0 +1,443 @@
+"""The short way in for large messages: beside its parent in memory, then over real sockets."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+import socket
+import struct
+import threading
+
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+from websockets.exceptions import ConnectionClosedError
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import connect
+
+from hosting.service import _server_config
+from hosting.transports.bulk_websocket import BulkWebSocketProtocol
+
+MAX_SIZE = 400_000
+NOISE = random.Random(0).randbytes(8 * 1024 * 1024)
+UPGRADE = (
+    b"GET /some/path HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def frame(opcode: int, payload: bytes = b"", *, fin: bool = True, mask: bool = True) -> bytes:
+    return Frame(Opcode(opcode), payload, fin).serialize(mask=mask)
+
+
+def long_form(payload: bytes, first: int = 0x82) -> bytes:
+    """A masked frame with a 64-bit length, however short it is."""
+    key = b"\x01\x80\xfe\x37"
+    return struct.pack("!BBQ", first, 0xFF, len(payload)) + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+
+
+class MemoryTransport(asyncio.Transport):
+    """Keeps what is written; data is handed to the protocol as asyncio's socket transport does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+        self.closing = self.paused = False
+        self.pauses = 0
+
+    def write(self, data) -> None:
+        self.sent += bytes(data)
+
+    def close(self) -> None:
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        self.paused = True
+        self.pauses += 1
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+
+class InMemory:
+    """One connection of ``kind`` whose app notes every event; ``go`` lets the app take events."""
+
+    def __init__(self, kind, max_size: int = MAX_SIZE) -> None:
+        self.events: list[dict] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        config = uvicorn.Config(self.app, ws_max_size=max_size, ws_per_message_deflate=False, interface="asgi3", lifespan="off", log_config=None)
+        config.load()
+        self.protocol = kind(config, ServerState(), {})
+        self.transport = MemoryTransport()
+        self.protocol.connection_made(self.transport)
+        self.protocol.data_received(UPGRADE)
+
+    async def app(self, scope, receive, send) -> None:
+        assert (await receive())["type"] == "websocket.connect"
+        await send({"type": "websocket.accept"})
+        while True:
+            await self.go.wait()
+            event = await receive()
+            self.events.append({**event, "bytes": bytes(event["bytes"])} if "bytes" in event else event)
+            if event["type"] == "websocket.disconnect":
+                return
+
+    async def ready(self) -> None:
+        while b"\r\n\r\n" not in self.transport.sent:
+            await asyncio.sleep(0)
+        assert self.transport.sent.startswith(b"HTTP/1.1 101 ")
+        await self.settle()
+        self.transport.sent = b""
+
+    async def settle(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def feed(self, data: bytes) -> None:
+        """All of ``data`` as one read may bring it, as long as the protocol reads."""
+        while data and not self.transport.closing:
+            if self.transport.paused:
+                await self.settle()
+                continue
+            if isinstance(self.protocol, asyncio.BufferedProtocol):
+                buffer = self.protocol.get_buffer(-1)
+                count = min(len(buffer), len(data))
+                assert count
+                buffer[:count] = data[:count]
+                self.protocol.buffer_updated(count)
+                data = data[count:]
+            else:
+                self.protocol.data_received(data)
+                return
+
+    async def end(self) -> None:
+        await self.settle()
+        self.protocol.connection_lost(None)
+        await self.settle()
+
+
+async def conversation(kind, pieces: list[bytes]) -> tuple[list[dict], bytes]:
+    """What the app sees and the client gets when the client sends ``pieces`` and then leaves."""
+    connection = InMemory(kind)
+    await connection.ready()
+    for piece in pieces:
+        await connection.feed(piece)
+        await connection.settle()
+    await connection.end()
+    return connection.events, connection.transport.sent
+
+
+SIZES = st.sampled_from([0, 1, 7, 125, 126, 1000, 65535, 65536, 65537, 65543, 200_003, MAX_SIZE])
+PAYLOADS = SIZES.map(lambda size: NOISE[:size])
+CONTROL = st.sampled_from([frame(Opcode.PING, b"are you there"), frame(Opcode.PONG, b"unasked"), frame(Opcode.PING)])
+
+
+@st.composite
+def messages(draw) -> list[bytes]:
+    """One message as its frames, control frames between the fragments."""
+    kind = draw(st.sampled_from(["binary", "binary", "long form", "text", "fragments", "control"]))
+    if kind == "control":
+        return [draw(CONTROL)]
+    if kind == "long form":
+        return [long_form(draw(st.binary(max_size=300)))]
+    if kind == "text":
+        return [frame(Opcode.TEXT, b"x" * draw(SIZES))]
+    if kind == "binary":
+        return [frame(Opcode.BINARY, draw(PAYLOADS))]
+    parts = [NOISE[:size] for size in draw(st.lists(st.sampled_from([0, 1, 130, 65536, 70_000]), min_size=2, max_size=4))]
+    frames = [frame(Opcode.CONT if i else Opcode.BINARY, part, fin=i == len(parts) - 1) for i, part in enumerate(parts)]
+    return [piece for one in frames for piece in (*draw(st.lists(CONTROL, max_size=1)), one)]
+
+
+ENDINGS = {
+    "none": [],
+    "close": [frame(Opcode.CLOSE, struct.pack("!H", 1000) + b"bye"), frame(Opcode.BINARY, NOISE[:70_000])],
+    "unmasked": [frame(Opcode.BINARY, NOISE[:70_000], mask=False)],
+    "reserved bit": [long_form(NOISE[:500], first=0xC2)],
+    "unknown opcode": [long_form(b"", first=0x83)],
+    "too big": [frame(Opcode.BINARY, NOISE[: MAX_SIZE + 1])],
+    "far too big": [struct.pack("!BBQ", 0x82, 0xFF, 2**63) + b"mask"],
+    "continuation of nothing": [frame(Opcode.CONT, NOISE[:70_000])],
+    "message inside a message": [frame(Opcode.BINARY, b"a", fin=False), frame(Opcode.BINARY, NOISE[:70_000])],
+    "fragments too big": [frame(Opcode.BINARY, NOISE[:MAX_SIZE], fin=False), frame(Opcode.CONT, b"x")],
+    "fragmented ping": [long_form(b"", first=0x09)],
+    "long ping": [long_form(NOISE[:126], first=0x89)],
+    "half a header": [frame(Opcode.BINARY, NOISE[:70_000])[:9]],
+    "half a frame": [frame(Opcode.BINARY, NOISE[:70_000])[:-1]],
+}
+
+
+def cut(data: bytes, source: random.Random) -> list[bytes]:
+    """``data`` in pieces as TCP may bring them: some tiny, some large."""
+    places = {0, len(data)}
+    for _ in range(source.randrange(8)):
+        places.add(source.randrange(len(data) + 1))
+    near = source.randrange(len(data) + 1)
+    places.update(place for place in range(near, near + source.randrange(20)) if place <= len(data))
+    return [data[a:b] for a, b in itertools.pairwise(sorted(places))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sent=st.lists(messages(), max_size=4), ending=st.sampled_from(sorted(ENDINGS)), source=st.randoms(use_true_random=False))
+def test_same_events_and_answers_as_the_parent(sent, ending, source):
+    frames = [*itertools.chain(*sent), *ENDINGS[ending]]
+    expected = asyncio.run(conversation(WebSocketsSansIOProtocol, frames))
+    assert asyncio.run(conversation(BulkWebSocketProtocol, cut(b"".join(frames), source))) == expected
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_endings_byte_by_byte_and_at_once(ending):
+    frames = [frame(Opcode.BINARY, NOISE[:70_000]), *ENDINGS[ending]]
+    expected = asyncio.run(conversation(WebSocketsSansIOProtocol, frames))
+    whole = b"".join(frames)
+    assert asyncio.run(conversation(BulkWebSocketProtocol, [whole])) == expected
+    dribble = [whole[:70_000], *(whole[i : i + 1] for i in range(70_000, 70_100)), whole[70_100:]]
+    assert asyncio.run(conversation(BulkWebSocketProtocol, [piece for piece in dribble if piece])) == expected
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        ("unmasked", 1002),
+        ("reserved bit", 1002),
+        ("unknown opcode", 1002),
+        ("too big", 1009),
+        ("far too big", 1009),
+        ("message inside a message", 1002),
+    ],
+)
+def test_violations_close_the_connection(ending, code):
+    events, sent = asyncio.run(conversation(BulkWebSocketProtocol, ENDINGS[ending]))
+    assert events[-1]["type"] == "websocket.disconnect" and events[-1]["code"] == code
+    assert sent[0] == 0x88 and struct.unpack("!H", sent[2:4]) == (code,)
+
+
+async def test_all_data_may_also_come_through_data_received():
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    data = frame(Opcode.BINARY, NOISE[:300_000]) + frame(Opcode.PING, b"x") + frame(Opcode.BINARY, NOISE[:65536])
+    for piece in cut(data, random.Random(1)):
+        connection.protocol.data_received(piece)
+        await connection.settle()
+    assert [event["bytes"] for event in connection.events] == [NOISE[:300_000], NOISE[:65536]]
+    assert connection.transport.sent == frame(Opcode.PONG, b"x", mask=False)
+    await connection.end()
+
+
+@pytest.mark.parametrize("kind", [BulkWebSocketProtocol, WebSocketsSansIOProtocol])
+async def test_nothing_more_is_read_until_the_app_takes_a_message(kind):
+    connection = InMemory(kind)
+    await connection.ready()
+    connection.go.clear()
+    await connection.feed(frame(Opcode.BINARY, NOISE[:100_000]))  # taken at once: the app was waiting
+    await connection.settle()
+    assert len(connection.events) == 1 and not connection.transport.paused
+    await connection.feed(frame(Opcode.BINARY, NOISE[:200_000]))
+    await connection.settle()
+    assert len(connection.events) == 1 and connection.transport.paused
+    connection.go.set()
+    await connection.settle()
+    assert len(connection.events) == 2 and not connection.transport.paused
+    await connection.end()
+
+
+async def test_reading_goes_on_without_a_pause_while_the_app_waits():
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    for _ in range(3):
+        await connection.feed(frame(Opcode.BINARY, NOISE[:100_000]))
+        await connection.settle()
+    assert len(connection.events) == 3 and connection.transport.pauses == 0
+    await connection.feed(2 * frame(Opcode.BINARY, NOISE[:65536]))
+    assert connection.transport.paused, "the second came before the app could take the first"
+    await connection.settle()
+    assert len(connection.events) == 5 and not connection.transport.paused
+    await connection.end()
+
+
+@pytest.mark.parametrize("kind", [BulkWebSocketProtocol, WebSocketsSansIOProtocol])
+async def test_what_comes_after_the_servers_close_is_dropped(kind):
+    connection = InMemory(kind)
+    await connection.ready()
+    await connection.protocol.send({"type": "websocket.close", "code": 1001})
+    await connection.feed(frame(Opcode.BINARY, NOISE[:100_000]))
+    await connection.feed(frame(Opcode.BINARY, NOISE[:100_000]))
+    assert not connection.transport.paused and not connection.transport.closing
+    await connection.feed(frame(Opcode.CLOSE, struct.pack("!H", 1001)))
+    await connection.settle()
+    assert connection.transport.closing and connection.protocol.queue.empty()
+    assert [event["type"] for event in connection.events] == ["websocket.disconnect"]
+    await connection.end()
+
+
+@pytest.mark.parametrize("ending", ["close", "unmasked", "too big", "continuation of nothing"])
+async def test_what_comes_after_the_end_is_dropped(ending):
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    connection.protocol.data_received(b"".join(ENDINGS[ending]) + frame(Opcode.BINARY, NOISE[:100_000]))
+    await connection.settle()
+    assert connection.transport.closing and connection.protocol.queue.empty()
+    assert [event["type"] for event in connection.events] == ["websocket.disconnect"]
+    await connection.end()
+
+
+async def test_a_header_alone_reserves_little_and_more_only_as_data_comes():
+    connection = InMemory(BulkWebSocketProtocol, max_size=64 * 1024 * 1024)
+    await connection.ready()
+    length, arrived = 48 * 1024 * 1024, 0
+    await connection.feed(struct.pack("!BBQ", 0x82, 0xFF, length) + b"mask")
+    while arrived < length:
+        free = connection.protocol.get_buffer(-1)
+        assert len(free) <= length - arrived
+        assert arrived + len(free) <= max(1024 * 1024, 4 * arrived)
+        count = min(len(free), 300_000)
+        connection.protocol.buffer_updated(count)
+        arrived += count
+    await connection.settle()
+    assert [len(event["bytes"]) for event in connection.events] == [length]
+    assert len(connection.protocol.get_buffer(-1)) <= 1024 * 1024 + 14  # a frame as large is not expected on its word either
+    await connection.feed(frame(Opcode.PING))
+    assert len(connection.protocol.get_buffer(-1)) <= 16 * 1024 + 14
+    await connection.end()
+
+
+# Over real sockets
+
+
+@contextlib.contextmanager
+def serving(app, max_size: int = 16 * 1024 * 1024):
+    """``app`` as the service serves it, in a thread; yields the address."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(_server_config(app, max_size))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
+    thread.start()
+    try:
+        yield bound.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+async def echo(scope, receive, send) -> None:
+    """Sends every message back; for the binary message ``b"type"`` the type of the binary message before it."""
+    await receive()
+    await send({"type": "websocket.accept"})
+    kind = ""
+    while (event := await receive())["type"] == "websocket.receive":
+        if event.get("bytes") == b"type":
+            await send({"type": "websocket.send", "text": kind})
+        elif event.get("bytes") is not None:
+            kind = type(event["bytes"]).__name__
+            await send({"type": "websocket.send", "bytes": bytes(event["bytes"])})
+        else:
+            await send({"type": "websocket.send", "text": event["text"]})
+
+
+@pytest.fixture(scope="module")
+def echoing():
+    with serving(echo) as address:
+        yield address
+
+
+def client(address):
+    return connect(f"ws://{address[0]}:{address[1]}", compression=None, max_size=None)
+
+
+def test_sizes_around_every_header_boundary(echoing):
+    with client(echoing) as websocket:
+        for size in [0, 1, 125, 126, 65535, 65536, 65537, 1024 * 1024, 5 * 1024 * 1024 + 3, 65536, 2, 70_001]:
+            websocket.send(NOISE[:size])
+            assert websocket.recv() == NOISE[:size]
+            websocket.send("text " + "x" * min(size, 100_000))
+            assert websocket.recv() == "text " + "x" * min(size, 100_000)
+            assert websocket.ping().wait(10)
+
+
+def test_a_large_message_takes_the_short_way(echoing):
+    """Notices when uvicorn no longer drives the protocol as this one expects."""
+    with client(echoing) as websocket:
+        for size, kind in [(65535, "bytes"), (65536, "memoryview"), (500_000, "memoryview")]:
+            websocket.send(NOISE[:size])
+            websocket.recv()
+            websocket.send(b"type")
+            assert websocket.recv() == kind
+
+
+def test_fragmented_messages(echoing):
+    with client(echoing) as websocket:
+        for sizes in [(0, 1), (70_000, 70_000), (1, 65536, 0, 300_000), (126, 125)]:
+            parts = [NOISE[:size] for size in sizes]
+            websocket.send(iter(parts))
+            assert websocket.recv() == b"".join(parts)
+
+
+def test_more_than_the_maximum(echoing):
+    with serving(echo, max_size=100_000) as address, client(address) as websocket:
+        websocket.send(NOISE[:100_000])
+        assert websocket.recv() == NOISE[:100_000]
+        websocket.send(NOISE[:100_001])
+        with pytest.raises(ConnectionClosedError) as caught:
+            websocket.recv()
+        assert caught.value.rcvd is not None and caught.value.rcvd.code == 1009
+
+
+def raw(address) -> socket.socket:
+    """A connection after its handshake."""
+    connection = socket.create_connection(address, timeout=10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.sendall(UPGRADE)
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        answer += connection.recv(1)
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    return connection
+
+
+def receive_exactly(connection: socket.socket, count: int) -> bytes:
+    received = bytearray()
+    while len(received) < count:
+        piece = connection.recv(min(count - len(received), 1 << 20))
+        assert piece, "the server closed the connection"
+        received += piece
+    return bytes(received)
+
+
+@settings(max_examples=10, deadline=None)
+@given(source=st.randoms(use_true_random=False))
+def test_random_segments_of_pipelined_messages(echoing, source):
+    sizes = [source.choice([0, 125, 126, 65535, 65536, 65537, 150_001]) for _ in range(4)]
+    sent = b"".join(frame(Opcode.BINARY, NOISE[:size]) for size in sizes)
+    expected = b"".join(frame(Opcode.BINARY, NOISE[:size], mask=False) for size in sizes)
+    with raw(echoing) as connection:
+        for piece in cut(sent, source):
+            connection.sendall(piece)
+        assert receive_exactly(connection, len(expected)) == expected
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_frame_hurts_nobody(echoing):
+    for kept in (5, 14, 1000, 69_999):
+        with raw(echoing) as connection:
+            connection.sendall(frame(Opcode.BINARY, NOISE[:70_000])[:kept])
+    with client(echoing) as websocket:
+        websocket.send(NOISE[:70_000])
+        assert websocket.recv() == NOISE[:70_000]
+
+
+def test_many_connections_at_once(echoing):
+    payloads = [os.urandom(65536 + 1000 * i) for i in range(32)]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(client(echoing)) for _ in payloads]
+        for _ in range(3):
+            for websocket, payload in zip(sockets, payloads, strict=True):
+                websocket.send(payload)
+            for websocket, payload in zip(sockets, payloads, strict=True):
+                assert websocket.recv() == payload
