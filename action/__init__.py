@@ -12,7 +12,14 @@ from action.configs import CONFIGS, PolicyConfig, get_config
 if TYPE_CHECKING:
     from action.policy import ActionPolicy
 
-__all__ = ["CONFIGS", "ActionPolicy", "PolicyConfig", "get_config"]
+__all__ = ["CONFIGS", "ActionPolicy", "PolicyConfig", "get_config", "set_num_threads"]
+
+
+def set_num_threads(count: int) -> None:
+    """CPU threads of one operation, for the thread that calls this and runs the model."""
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def __getattr__(name: str) -> Any:

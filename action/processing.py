@@ -21,7 +21,7 @@ from pi0.errors import CheckpointError, ObservationError
 from pi0.images import resize_with_pad
 from pi0.norm_stats import Stats, normalize, unnormalize
 from pi0.param_tree import IMAGE_SIZE
-from pi0.prompt import prompt_text
+from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 from pi0.tokenizer import OnLongPrompt, PromptTokenizer, TokenizedPrompt
 
 PROMPT_BUCKETS = (16, 48, 112, 200)
@@ -86,7 +86,7 @@ class Processor:
         """
         if not isinstance(observation, Mapping):
             raise ObservationError(f"the observation is a {type(observation).__name__}, expected a map of keys to values")
-        prompt = prompt_text(observation, self.default_prompt)
+        prompt = prompt_text(observation, self.default_prompt, remedy=SEND_OR_SET_DEFAULT)
         inputs = self._config.embodiment.inputs(observation)
         normalized = normalize(inputs.state, self._state_stats, quantiles=self._config.use_quantiles)
         images = np.zeros((len(MODEL_CAMERAS), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)

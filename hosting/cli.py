@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,14 +35,28 @@ SetOption = Annotated[
 ]
 
 
+# What the base install lacks; its absence is a matter of installation, not a bug.
+_SERVING_PACKAGES = {"fastapi", "filelock", "fsspec", "huggingface_hub", "ml_dtypes", "PIL", "sentencepiece", "starlette", "tensorstore", "uvicorn"}
+_SLOT_PACKAGES = {"flax", "jax", "safetensors", "torch"}
+
+
 def main() -> None:
     """Run the command line; a Tandem error is printed without a traceback. Exit code 2: the configuration is wrong; 1: anything else."""
     try:
         app()
-    except TandemError as error:
-        for line in str(error).splitlines():
-            typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except (TandemError, ModuleNotFoundError) as error:
+        sys.exit(_report(error))
+
+
+def _report(error: TandemError | ModuleNotFoundError) -> int:
+    """Print what went wrong and return the exit code; a missing package that is none of ours to name is raised again."""
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] not in _SERVING_PACKAGES | _SLOT_PACKAGES:
+            raise error
+        error = ConfigError(f"this command needs packages that are not installed ({error.name}); pip install 'tandem-vla[all]'")
+    for line in str(error).splitlines():
+        typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 @app.callback(invoke_without_command=True)
@@ -59,7 +75,13 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
     loaded = load_config(config, _overrides(set_))
     logs.configure(loaded.config.log_format)
     service_module = _require_serving()
-    sys.exit(asyncio.run(_serve(service_module, loaded.config)))
+    try:
+        sys.exit(asyncio.run(_serve(service_module, loaded.config)))
+    except (TandemError, ModuleNotFoundError) as error:
+        # The other slot may still be loading; its thread cannot be interrupted, and the interpreter would wait for it.
+        code = _report(error)
+        logging.shutdown()
+        os._exit(code)
 
 
 @app.command()
@@ -75,9 +97,9 @@ def demo(
     """Serve a tiny planner and policy and stream synthetic camera images to them: no robot, GPU or download needed."""
     _require_serving()
     from demo.run import run_demo
-    from hosting.config import data_home
+    from pi0.locations import default_data_home
 
-    sys.exit(run_demo(directory or data_home() / "tandem_demo", steps=steps, stay=not exit_, headless=headless, free_ports=free_ports))
+    sys.exit(run_demo(directory or default_data_home() / "tandem_demo", steps=steps, stay=not exit_, headless=headless, free_ports=free_ports))
 
 
 @config_app.command("show")
@@ -115,7 +137,7 @@ def prepare_planner_checkpoint(
 ) -> None:
     """Download, unpack and verify a planner checkpoint. Safe to interrupt and to repeat."""
     from hosting import logs
-    from hosting.config import data_home
+    from pi0.locations import default_data_home
 
     logs.configure("plain")
     _require_serving()
@@ -126,7 +148,7 @@ def prepare_planner_checkpoint(
         result = prepare(
             hf_repo=hf_repo,
             tar_path_in_repo=tar_path_in_repo,
-            output_dir=output_dir or data_home() / "pi05_subtask",
+            output_dir=output_dir or default_data_home() / "pi05_subtask",
             force_download=force_download,
             progress=progress,
         )
@@ -143,7 +165,7 @@ def prepare_checkpoint(
 ) -> None:
     """Put LeRobot weights and openpi norm stats into one checkpoint directory. Safe to interrupt and to repeat."""
     from hosting import logs
-    from hosting.config import data_home
+    from pi0.locations import default_data_home
 
     logs.configure("plain")
     _require_serving()
@@ -154,7 +176,7 @@ def prepare_checkpoint(
         result = prepare(
             model_id=model_id,
             openpi_assets_uri=openpi_assets_uri,
-            output_dir=output_dir or data_home() / "pi05_base_openpi",
+            output_dir=output_dir or default_data_home() / "pi05_base_openpi",
             required_asset_id=required_asset_id,
             force_download=force_download,
             progress=progress,
@@ -221,8 +243,7 @@ async def _serve(service_module: Any, config: Any) -> int:
 
 
 def _require_serving() -> Any:
-    try:
-        import hosting.service
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"this command needs the serving packages ({error.name} is not installed); pip install 'tandem-vla[all]'") from error
+    """:mod:`hosting.service`, before a command that cannot do without the packages it needs has done anything."""
+    import hosting.service
+
     return hosting.service

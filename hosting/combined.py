@@ -11,7 +11,7 @@ from hosting.failures import client_text
 from hosting.policy import Observation, PlannerPolicy, Policy, Reply, RequestError, UnavailableError
 from hosting.routing import RequestMode, SlotCall, Steps, request_mode, run, without_mode
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, parse_action_prompt_template
-from pi0.prompt import prompt_text
+from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 
 OnFailure = Literal["use_task", "fail"]
 
@@ -77,7 +77,7 @@ class CombinedPolicy:
         observation = without_mode(obs)
         if mode == "action_only":
             return (yield self._act(observation, sampling))
-        task = prompt_text(obs, default=getattr(self.action, "default_prompt", None))
+        task = prompt_text(obs, getattr(self.action, "default_prompt", None), remedy=SEND_OR_SET_DEFAULT)
         settings = self._live.current if self._live is not None else None
         overrides: dict[str, Any] = {}
         if settings is not None:

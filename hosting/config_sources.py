@@ -37,7 +37,7 @@ PREFIX: Final = "OPENPI_"
 
 NOT_FIELDS: Final = frozenset(
     {
-        "OPENPI_DATA_HOME",  # read by data_home()
+        "OPENPI_DATA_HOME",  # read by pi0.locations.default_data_home()
         "OPENPI_PYTORCH_COMPILE_MODE",  # read by pytorch_compile_mode()
         "OPENPI_OPEN_LOOP_HORIZON",  # a robot's client reads it
         "OPENPI_FLASH_TRANSPORT_BINARY",  # openpi-flash's sidecar, harmless to have set
@@ -159,7 +159,7 @@ def read_environment(model: type[BaseModel], environ: Mapping[str, str]) -> Laye
         target = field_at(model, location)
         assert target is not None
         try:
-            value = _parse(environ[variable], target)
+            value = parse_value(environ[variable], target)
         except _BadJSONError as error:
             layer.problems.append(f"{variable}: {error}")
             continue
@@ -186,7 +186,14 @@ def _advice(model: type[BaseModel], name: str, known: Mapping[str, Location]) ->
     return f"did you mean {PREFIX}{close}?" if close else "the names are in docs/configuration.md"
 
 
-def _parse(text: str, target: FieldInfo) -> object:
+def parse_value(text: str, target: FieldInfo) -> object:
+    """The value that ``text`` from outside a file gives ``target``: as it is where a string is taken, else read as JSON.
+
+    ``null`` unsets what may be null; text that is not JSON stays text, so that validation can name what came.
+
+    Raises:
+        ValueError: a section that is not given as a JSON object, or JSON that a configuration must not contain.
+    """
     if text == "null" and is_optional(target):
         return None
     if is_text(target):

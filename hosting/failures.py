@@ -15,7 +15,8 @@ _MAX_CHARS = 2000
 def client_text(error: BaseException, *, slot: str) -> str:
     """One line for the client: the message of an error that is its own or passing, else an id under which the log has the rest."""
     if isinstance(error, RequestError | UnavailableError):
-        text = " ".join(str(error).split())
+        # A message may repeat a stranger's keys: no line breaks or terminal escapes of theirs get into the log or to the client.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split()))
         logger.info("%s: refused a request: %s", slot, text)
         return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."
     error_id = secrets.token_hex(4)

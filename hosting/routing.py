@@ -14,6 +14,8 @@ from hosting.policy import ModeError, Observation, PlannerPolicy, Policy, Reply
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings
 
+_LONGEST_SHOWN = 60
+
 Slot = Literal["planner", "action"]
 RequestMode = Literal["default", "subtask_only", "action_only"]
 
@@ -72,7 +74,8 @@ def request_mode(obs: Observation, loaded: frozenset[RequestMode]) -> RequestMod
     if mode is None or (isinstance(mode, str) and mode == ""):
         return "default"
     if not isinstance(mode, str) or mode not in ("default", "subtask_only", "action_only"):
-        raise ModeError(f"mode: got {mode!r}, expected one of {', '.join(get_args(RequestMode))}")
+        came = repr(mode if len(mode) <= _LONGEST_SHOWN else mode[: _LONGEST_SHOWN - 1] + "…") if isinstance(mode, str) else type(mode).__name__
+        raise ModeError(f"mode: got {came}, expected one of {', '.join(get_args(RequestMode))}")
     if mode not in loaded:
         missing = "planner" if mode == "subtask_only" else "action policy"
         raise ModeError(f"mode: {mode} is not served on this endpoint, which has no {missing}")

@@ -59,7 +59,8 @@ def extract_tar(
                 progress(min(archive.offset, total), total, "unpacking")
             _require_end_of_archive(archive, tar_path, max_bytes)
     except tarfile.TarError as error:
-        raise CheckpointError(f"{tar_path.name} is not a readable tar archive ({error}); it is damaged or was cut short") from error
+        reason = str(error).partition("\n")[0].rstrip(":")  # one line for each compression that was tried follows
+        raise CheckpointError(f"{tar_path.name} is not a readable tar archive ({reason}); it is damaged or was cut short") from error
     except (EOFError, ValueError) as error:
         raise CheckpointError(f"{tar_path.name} is damaged: {error}") from error
     if not files:

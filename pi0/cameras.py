@@ -24,6 +24,9 @@ CLIENT_CAMERAS: dict[str, str] = {
 }
 """Client key → model camera."""
 
+_SHOWN_KEYS, _SHOWN_CHARS = 8, 60
+"""How much of a stranger's map an error message repeats."""
+
 
 def camera_images(observation: Mapping[str, Any]) -> dict[str, Any]:
     """The images of a raw observation by client key: ``images/…`` entries that are not null, else flat ``observation/…image…`` keys."""
@@ -55,6 +58,8 @@ def map_cameras(images: Mapping[str, Any]) -> dict[str, Any]:
             raise ObservationError(f"{key}: camera {camera} was already given as {source[camera]}; send one of them")
         mapped[camera], source[camera] = image, key
     if not mapped:
-        found = ", ".join(sorted(map(str, images))) or "none"
+        names = sorted(map(str, images))
+        found = ", ".join(name[:_SHOWN_CHARS] for name in names[:_SHOWN_KEYS]) or "none"
+        found += f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
         raise ObservationError(f"no known camera among the images (found: {found}); expected at least one of: {', '.join(CLIENT_CAMERAS)}")
     return mapped

@@ -15,15 +15,21 @@ MAX_GENERATION_TOKENS: Final = 256
 """Most tokens a subtask may be allowed to have; the planner's key-value buffer has as many slots."""
 
 
-def prompt_text(observation: Mapping[str, Any], default: str | None = None) -> str:
+SEND_OR_SET_DEFAULT: Final = "send the task as text, or set action.default_prompt on the server"
+"""What to do about a missing prompt where an action policy's default would help."""
+
+
+def prompt_text(observation: Mapping[str, Any], default: str | None = None, *, remedy: str = "send the task as text") -> str:
     """The task in ``observation["prompt"]``: a str, a string array without axes, or UTF-8 bytes; ``default`` where the key is absent.
+
+    ``remedy`` is what the error says to do when neither is there.
 
     Raises:
         ObservationError: neither is there, or the value is not text.
     """
     if "prompt" not in observation:
         if default is None:
-            raise ObservationError("prompt: missing, and there is no default; send the task as text, or set action.default_prompt on the server")
+            raise ObservationError(f"prompt: missing, and there is no default; {remedy}")
         return default
     value = observation["prompt"]
     # Duck-typed, so that configuration alone does not pull in numpy.

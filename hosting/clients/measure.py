@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
+from websockets.exceptions import WebSocketException
 
 from hosting.clients.examples import EMBODIMENTS, Embodiment, embodiment_of, example_observation
 from hosting.clients.websocket import WebSocketClient
@@ -26,13 +27,13 @@ def measure(url: str, *, mode: str | None, embodiment: Embodiment | None, prompt
         a time that the server does not report is absent.
 
     Raises:
-        TestError: the server cannot be reached or its embodiment cannot be told.
+        TestError: the server cannot be reached, goes away, or its embodiment cannot be told.
         InferenceError: it refuses the observation.
     """
     try:
         client = WebSocketClient(url)
-    except (OSError, ValueError, TimeoutError) as error:
-        raise TestError(f"cannot connect to {url}: {error}; is the server running, and is this its WebSocket port?") from error
+    except (OSError, ValueError, WebSocketException) as error:
+        raise TestError(f"cannot connect to {url}: {_one_line(error)}; is the server running, and is this its WebSocket port?") from error
     with client:
         metadata = client.get_server_metadata()
         chosen = embodiment or embodiment_of(metadata)
@@ -46,7 +47,10 @@ def measure(url: str, *, mode: str | None, embodiment: Embodiment | None, prompt
             if mode is not None:
                 obs["mode"] = mode
             started_s = time.perf_counter()
-            reply = client.infer(obs)
+            try:
+                reply = client.infer(obs)
+            except (OSError, WebSocketException) as error:
+                raise TestError(f"the connection to {url} broke during call {i + 1}: {_one_line(error)}; see the server's log") from error
             elapsed_ms = (time.perf_counter() - started_s) * 1e3
             if i == 0:
                 continue
@@ -74,3 +78,7 @@ def render(report: dict[str, Any]) -> str:
     lines.append(f"{'ms':8}{'mean':>10}{'min':>10}{'max':>10}")
     lines += [f"{name:8}{ms['mean']:10.2f}{ms['min']:10.2f}{ms['max']:10.2f}" for name, ms in report["ms"].items()]
     return "\n".join(lines)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

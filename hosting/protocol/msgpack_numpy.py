@@ -42,7 +42,7 @@ def unpack(message: bytes | memoryview) -> Any:
     except MessageError:
         raise
     except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
-        raise MessageError(f"the message is not msgpack as openpi clients send it ({type(error).__name__}: {_short(error)})") from error
+        raise MessageError(f"the message is not msgpack as openpi clients send it ({_reason(error)})") from error
 
 
 def _encode(value: Any) -> Any:
@@ -72,7 +72,7 @@ def _decode(value: dict[Any, Any]) -> Any:
                 raise TypeError(f"its data is a {type(data).__name__}")
             return dtype.type(data)
         except (ValueError, TypeError, OverflowError) as error:
-            raise MessageError(f"a NumPy scalar of dtype {dtype} cannot be read ({type(error).__name__}: {_short(error)})") from error
+            raise MessageError(f"a NumPy scalar of dtype {dtype} cannot be read ({_reason(error)})") from error
     return value
 
 
@@ -84,6 +84,9 @@ def _decode_array(value: dict[Any, Any]) -> np.ndarray[Any, Any]:
         came = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
         raise MessageError(f"an array of shape {shape} and dtype {dtype.str} needs {math.prod(shape) * dtype.itemsize} bytes of data, got {came}")
     if dtype.itemsize == 0:
+        # NumPy makes elements of no bytes one byte long, so this would let an empty message ask for any amount of memory.
+        if math.prod(shape):
+            raise MessageError(f"an array of shape {shape} has dtype {dtype.str}, whose elements hold nothing; send texts of at least one character")
         return np.zeros(shape, dtype)
     return np.frombuffer(data, dtype).reshape(shape)
 
@@ -101,7 +104,12 @@ def _dtype(name: Any) -> np.dtype[Any]:
 
 def _refuse(dtype: np.dtype[Any], error: type[Exception]) -> None:
     if dtype.kind in _REFUSED_KINDS:
-        raise error(f"Unsupported dtype: {dtype}")
+        raise error(f"Unsupported dtype: {dtype}; send arrays of numbers, booleans or text")
+
+
+def _reason(error: Exception) -> str:
+    # Some of msgpack's errors say everything with their type.
+    return f"{type(error).__name__}: {_short(error)}" if str(error) else type(error).__name__
 
 
 def _short(value: object) -> str:

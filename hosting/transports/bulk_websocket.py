@@ -27,6 +27,9 @@ _TRUSTED_BYTES = 1024 * 1024
 _GROWTH = 4
 """Beyond that, how many times the bytes that did arrive are reserved: a header alone buys a client no memory."""
 
+_LINGER_S = 5.0
+"""How long a client that broke the rules may go on sending, in seconds, before the connection is closed under it."""
+
 _FIN = 0x80
 _MASKED = 0x80
 _WHOLE_BINARY = _FIN | Opcode.BINARY
@@ -55,6 +58,7 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._fragmented = False  # between the first and the last frame of a fragmented message
         self._bulk: _BulkFrame | None = None
         self._app_waits = False
+        self._ignoring = False
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._bulk is not None:
@@ -87,9 +91,25 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         finally:
             self._app_waits = False
 
+    def handle_parser_exception(self) -> None:
+        """As the parent, but the connection is closed when the client has heard of it: it answers with a close frame (or ``_LINGER_S`` pass).
+
+        Closing it with data unread resets it, and a client in the middle of a message that is too large would never read why.
+        """
+        assert self.conn.close_sent is not None
+        close = self.conn.close_sent
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": close.code, "reason": close.reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = self._ignoring = True
+        self._bulk = None
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(_LINGER_S, self.transport.close)
+
     def _feed(self, data: memoryview, landing: NDArray[np.uint8] | None = None) -> None:
         """Take ``data`` apart into frames. ``landing`` is the buffer that ``data`` begins in, where it may stay."""
-        # After a close frame or a violation nothing counts any more; the parent has begun to close the transport.
+        # After a close frame nothing counts any more.
         while data and not self.transport.is_closing():
             if self._bulk is not None:
                 data = data[self._bulk.take(data) :]
@@ -97,7 +117,8 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             elif self._to_parser:
                 piece, data = data[: self._to_parser], data[self._to_parser :]
                 self._to_parser -= len(piece)
-                super().data_received(bytes(piece))
+                if not self._ignoring:
+                    super().data_received(bytes(piece))
             else:
                 data = self._begin_frame(data, landing)
             landing = None
@@ -114,7 +135,11 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         length = header[1] & 127
         if length >= 126:
             length = int.from_bytes(header[2 : 4 if length == 126 else 10], "big")
-        if header[0] == _WHOLE_BINARY and header[1] == _MASKED_LENGTH_64 and not self._fragmented and length <= self.config.ws_max_size:
+        if self._ignoring:
+            self._to_parser = length
+            if header[0] & 0x0F == Opcode.CLOSE:
+                self.transport.close()
+        elif header[0] == _WHOLE_BINARY and header[1] == _MASKED_LENGTH_64 and not self._fragmented and length <= self.config.ws_max_size:
             self._expected = min(length, _TRUSTED_BYTES)
             if landing is not None and not known:
                 self._bulk = _BulkFrame(length, header[-4:], landing[_PAD + _BULK_HEADER :])

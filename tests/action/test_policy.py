@@ -378,7 +378,7 @@ def test_fulfils_the_contract_of_a_policy() -> None:
 
 def test_package_exports() -> None:
     assert action.ActionPolicy is ActionPolicy
-    assert set(action.__all__) == {"CONFIGS", "ActionPolicy", "PolicyConfig", "get_config"}
+    assert set(action.__all__) == {"CONFIGS", "ActionPolicy", "PolicyConfig", "get_config", "set_num_threads"}
     with pytest.raises(AttributeError, match="has no attribute 'FastPolicy'"):
         _ = action.FastPolicy
 

@@ -69,8 +69,8 @@ def test_timing_excludes_the_clients_idle_time(combined):
     ("endpoint", "obs", "text"),
     [
         ("action", {"prompt": "x", "mode": "both"}, "mode: got 'both', expected one of default, subtask_only, action_only"),
-        ("action", {"prompt": "x", "mode": 3}, "mode: got 3, expected one of default, subtask_only, action_only"),
-        ("action", {"prompt": "x", "mode": np.zeros(3)}, "mode: got array([0., 0., 0.]), expected one of default, subtask_only, action_only"),
+        ("action", {"prompt": "x", "mode": 3}, "mode: got int, expected one of default, subtask_only, action_only"),
+        ("action", {"prompt": "x", "mode": np.zeros(3)}, "mode: got ndarray, expected one of default, subtask_only, action_only"),
         ("action", {}, "prompt: missing, and there is no default; send the task as text, or set action.default_prompt on the server"),
         ("action", {"prompt": 7}, "prompt: got int, expected text (str, 0-d string array or UTF-8 bytes)"),
         ("action", {"prompt": b"\xff"}, "prompt: 1 bytes that are not UTF-8 (at byte 0), expected text"),

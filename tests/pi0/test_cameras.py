@@ -35,6 +35,8 @@ def test_camera_images_finds_both_forms():
 def test_unknown_cameras_are_named():
     with pytest.raises(ObservationError, match=r"no known camera among the images \(found: kitchen, side\)"):
         map_cameras({"side": IMAGE, "kitchen": IMAGE})
+    with pytest.raises(ObservationError, match=r"found: c0{59}, .* and 992 more\); expected"):
+        map_cameras({f"c{i:0100}": IMAGE for i in range(1000)})
     with pytest.raises(ObservationError, match=r"found: none"):
         map_cameras({})
 

@@ -22,7 +22,7 @@ def test_default_only_where_the_key_is_absent() -> None:
 @pytest.mark.parametrize(
     ("observation", "message"),
     [
-        ({}, "prompt: missing, and there is no default; send the task as text, or set action.default_prompt on the server"),
+        ({}, "prompt: missing, and there is no default; send the task as text"),
         ({"prompt": 5}, f"prompt: got int, {EXPECTED}"),
         ({"prompt": None}, f"prompt: got NoneType, {EXPECTED}"),
         ({"prompt": ["a"]}, f"prompt: got list, {EXPECTED}"),

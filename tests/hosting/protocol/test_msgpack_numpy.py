@@ -73,6 +73,7 @@ def array(dtype="<f4", shape=(1,), data=b"\0\0\0\0", **more):
         (b"\xa2\xff\xff", "not msgpack"),
         (b"\xdf\xff\xff\xff\xff", "not msgpack"),
         (b"\xc6\xff\xff\xff\xff", "not msgpack"),
+        (msgpack.packb(array(dtype="|S0", data=b"", shape=[1 << 40])), "whose elements hold nothing"),
         (msgpack.packb(array(dtype="|O")), "Unsupported dtype: object"),
         (msgpack.packb(array(dtype="|V4")), "Unsupported dtype: "),
         (msgpack.packb(array(dtype="<c8", data=b"\0" * 8)), "Unsupported dtype: complex64"),

@@ -273,7 +273,7 @@ async def test_what_comes_after_the_servers_close_is_dropped(kind):
     assert not connection.transport.paused and not connection.transport.closing
     await connection.feed(frame(Opcode.CLOSE, struct.pack("!H", 1001)))
     await connection.settle()
-    assert connection.transport.closing and connection.protocol.queue.empty()
+    assert (connection.transport.closing or connection.protocol.close_timer is not None) and connection.protocol.queue.empty()
     assert [event["type"] for event in connection.events] == ["websocket.disconnect"]
     await connection.end()
 
@@ -284,7 +284,7 @@ async def test_what_comes_after_the_end_is_dropped(ending):
     await connection.ready()
     connection.protocol.data_received(b"".join(ENDINGS[ending]) + frame(Opcode.BINARY, NOISE[:100_000]))
     await connection.settle()
-    assert connection.transport.closing and connection.protocol.queue.empty()
+    assert (connection.transport.closing or connection.protocol.close_timer is not None) and connection.protocol.queue.empty()
     assert [event["type"] for event in connection.events] == ["websocket.disconnect"]
     await connection.end()
 
@@ -441,3 +441,28 @@ def test_many_connections_at_once(echoing):
                 websocket.send(payload)
             for websocket, payload in zip(sockets, payloads, strict=True):
                 assert websocket.recv() == payload
+
+
+def test_a_client_in_the_middle_of_a_message_that_is_too_large_is_told_so(echoing):
+    """More than the socket buffers hold, so that the client is still sending when the server has seen enough."""
+    with serving(echo, max_size=100_000) as address, client(address) as websocket:
+        websocket.send(bytes(20_000_000))
+        with pytest.raises(ConnectionClosedError) as caught:
+            websocket.recv(timeout=30)
+        assert caught.value.rcvd is not None and caught.value.rcvd.code == 1009
+
+
+async def test_after_a_violation_what_still_comes_is_dropped_and_the_end_is_bounded():
+    connection = InMemory(BulkWebSocketProtocol, max_size=1000)
+    await connection.ready()
+    await connection.feed(frame(Opcode.BINARY, NOISE[:70_000]))
+    await connection.feed(frame(Opcode.BINARY, NOISE[:100]) + frame(Opcode.PING, b"x"))
+    await connection.settle()
+    assert [event["type"] for event in connection.events] == ["websocket.disconnect"]
+    assert connection.events[0]["code"] == 1009
+    assert not connection.transport.closing, "the client may still be sending"
+    timer = connection.protocol.close_timer
+    assert timer is not None
+    timer._run()
+    assert connection.transport.closing, "but not for ever"
+    await connection.end()

@@ -1,0 +1,134 @@
+"""Routes and their two drivers, and the request modes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hosting.policy import ModeError, Reply
+from hosting.routing import Slot, SlotCall, Steps, action_route, planner_route, request_mode, run, run_on, without_mode
+from hosting.scheduler import SlotWorker
+from hosting.templates import LiveSettings, PromptSettings
+from tests.serving import EchoPlanner, EchoPolicy
+
+
+@pytest.fixture
+def workers() -> Iterator[dict[Slot, SlotWorker]]:
+    workers: dict[Slot, SlotWorker] = {"planner": SlotWorker("planner"), "action": SlotWorker("action")}
+    yield workers
+    for worker in workers.values():
+        worker.close()
+
+
+def fail() -> Reply:
+    raise ZeroDivisionError("slot")
+
+
+def two_slots(threads: list[str]) -> Steps:
+    def call(n: int) -> Reply:
+        threads.append(threading.current_thread().name)
+        return {"n": n}
+
+    first = yield SlotCall("planner", lambda: call(1))
+    second = yield SlotCall("action", lambda: call(first["n"] + 1))
+    return {"sum": first["n"] + second["n"]}
+
+
+def recovering() -> Steps:
+    try:
+        yield SlotCall("planner", fail)
+    except ZeroDivisionError as error:
+        message = str(error)
+    else:
+        raise AssertionError("the slot's failure did not reach the route")
+    return (yield SlotCall("action", lambda: {"after": message}))
+
+
+def failing() -> Steps:
+    return (yield SlotCall("action", fail))
+
+
+async def test_both_drivers_hand_each_reply_to_the_next_step(workers: dict[Slot, SlotWorker]) -> None:
+    threads: list[str] = []
+    assert run(two_slots([])) == await run_on(workers, two_slots(threads)) == {"sum": 3}
+    assert threads == ["planner-slot_0", "action-slot_0"]
+
+
+async def test_both_drivers_let_the_route_decide_what_a_failure_means(workers: dict[Slot, SlotWorker]) -> None:
+    assert run(recovering()) == await run_on(workers, recovering()) == {"after": "slot"}
+    with pytest.raises(ZeroDivisionError):
+        run(failing())
+    with pytest.raises(ZeroDivisionError):
+        await run_on(workers, failing())
+
+
+async def test_a_route_that_refuses_at_once_calls_no_slot(workers: dict[Slot, SlotWorker]) -> None:
+    called: list[Any] = []
+    route = action_route(EchoPolicy(called.append))
+    with pytest.raises(ModeError):
+        run(route({"mode": "x"}))
+    with pytest.raises(ModeError):
+        await run_on(workers, route({"mode": "x"}))
+    assert called == []
+
+
+@pytest.mark.parametrize("obs", [{}, {"mode": None}, {"mode": ""}, {"mode": "default"}])
+def test_default_mode(obs: dict[str, Any]) -> None:
+    assert request_mode(obs, frozenset({"default"})) == "default"
+
+
+@pytest.mark.parametrize("mode", ["subtask_only", "action_only"])
+def test_other_modes(mode: Any) -> None:
+    assert request_mode({"mode": mode}, frozenset({"default", mode})) == mode
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("Default", "mode: got 'Default', expected one of default, subtask_only, action_only"),
+        ("x" * 5000, f"mode: got '{'x' * 59}…', expected one of default, subtask_only, action_only"),
+        (7, "mode: got int, expected one of default, subtask_only, action_only"),
+        (b"default", "mode: got bytes, expected one of default, subtask_only, action_only"),
+        (["default"], "mode: got list, expected one of default, subtask_only, action_only"),
+        (np.array(["default"]), "mode: got ndarray, expected one of default, subtask_only, action_only"),
+        ("subtask_only", "mode: subtask_only is not served on this endpoint, which has no planner"),
+        ("action_only", "mode: action_only is not served on this endpoint, which has no action policy"),
+    ],
+)
+def test_wrong_modes(mode: Any, message: str) -> None:
+    with pytest.raises(ModeError) as error:
+        request_mode({"mode": mode}, frozenset({"default"}))
+    assert str(error.value) == message
+
+
+def test_policies_do_not_see_the_mode_and_the_observation_stays_as_it_was() -> None:
+    obs = {"mode": "default", "prompt": "x", b"odd": 1}
+    assert without_mode(obs) == {"prompt": "x", b"odd": 1}
+    assert obs["mode"] == "default"
+
+
+def test_action_route_serves_the_policys_own_reply_and_no_planner() -> None:
+    seen: list[Any] = []
+    route = action_route(EchoPolicy(seen.append))
+    assert run(route({"prompt": "x", "mode": "action_only"}))["asked"] == {"prompt": "x"}
+    assert seen == [{"prompt": "x"}]
+    with pytest.raises(ModeError, match="has no planner"):
+        run(route({"mode": "subtask_only"}))
+
+
+def test_planner_route_takes_the_settings_in_force_when_the_request_comes() -> None:
+    live = LiveSettings(PromptSettings(max_generation_tokens=3))
+    route = planner_route(EchoPlanner(), live)
+    steps = route({"prompt": "x", "mode": "subtask_only"})
+    call = next(steps)  # the request has come; a change is for the next one
+    live.update(generation_prompt_format="New {task}", max_generation_tokens=9)
+    subtask = call.call()["subtask"]
+    assert (subtask["text"], subtask["format"], subtask["limit"]) == ("first step of x", "Task: {task}. Subtask: ", 3)
+    subtask = run(route({"prompt": "x"}))["subtask"]
+    assert (subtask["format"], subtask["limit"]) == ("New {task}", 9)
+    with pytest.raises(ModeError, match="has no action policy"):
+        run(route({"mode": "action_only"}))
