@@ -1,30 +1,36 @@
 # The two commands, each doing all of its own set-up: `make demo`, `make test`.
 PY ?= python3.11
-EXTRAS ?= all,dev
+EXTRAS ?=
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
+
+comma := ,
+# One marker per choice of extras, so that asking for another one installs it.
+VENV = .venv/.ok$(subst $(comma),-,$(addprefix -,$(EXTRAS)))
 
 .PHONY: demo test lint bench
 
-demo: .venv/.ok
+demo: $(VENV)
 	.venv/bin/python main.py demo
 
-test: .venv/.ok .venv-openpi-client/.ok
+test: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m pytest -q
 
-lint: .venv/.ok
+lint: $(VENV)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-bench: .venv/.ok
+bench: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m benchmarks.overhead
+	.venv/bin/python -m benchmarks.keepalive
 	.venv/bin/python -m benchmarks.planner
+	.venv/bin/python -m benchmarks.side_by_side
 
-.venv/.ok: pyproject.toml constraints.txt Makefile
+$(VENV): pyproject.toml constraints.txt Makefile
 	@echo "Making .venv (about a minute)"
 	$(PY) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) install -c constraints.txt -e '.[all,dev$(addprefix $(comma),$(EXTRAS))]'
 	@touch $@
 
 # openpi-client needs numpy < 2 and so a venv of its own; the tests drive it as a subprocess.
