@@ -125,7 +125,10 @@ class OrbaxTensors:
         if self._params.merged_leaves:
             logger.info("Merging LoRA adapters of %d weights: %s", len(self._params.merged_leaves), ", ".join(self._params.merged_leaves))
         shapes = self._params.shapes()
-        self.dims = model_dims(shapes)
+        try:
+            self.dims = model_dims(shapes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
         check_shapes(shapes, model_shapes(self.dims), self.where)
         self.shapes: Mapping[str, Shape] = state_dict_shapes(self.dims)
 

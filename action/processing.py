@@ -37,7 +37,7 @@ class PreparedObservation:
         images: ``[3, 224, 224, 3]`` uint8, in the order of ``MODEL_CAMERAS``.
         image_masks: ``[3]`` bool; False where the robot has no such camera.
         prompt: the tokens, not padded.
-        model_state: ``[A]`` float32, normalised and padded with zeros to the model's width.
+        model_state: ``[A]`` float32, normalised and padded with zeros to the model's width; a wider state, which only pi0.5 takes, is cut.
         state: ``[d]`` float64, as the embodiment gave it; relative actions count from here.
     """
 
@@ -125,7 +125,7 @@ class Processor:
     def _pad(self, normalized: Array) -> NDArray[np.float32]:
         padded = np.zeros(self._action_dim, np.float32)
         with np.errstate(over="ignore"):
-            padded[: len(normalized)] = normalized
+            padded[: len(normalized)] = normalized[: self._action_dim]
         finite = np.isfinite(padded)
         if not finite.all():
             index = int(np.argmin(finite))
@@ -137,7 +137,8 @@ def _check_widths(config: PolicyConfig, norm_stats: Mapping[str, Stats], action_
     """The robot fits in the model, and the norm stats fit both: at least the robot's width, and for actions at most the model's."""
     robot, where = config.embodiment, f"norm stats of asset {config.asset_id!r}"
     for key, robot_dim in (("state", robot.state_dim), ("actions", robot.action_dim)):
-        if robot_dim > action_dim:
+        # pi0.5 reads the state in its prompt only, where any width will do.
+        if robot_dim > action_dim and (key, config.kind) != ("state", "pi05"):
             raise CheckpointError(
                 f"config {config.name!r} needs {robot_dim} {key} columns for {robot.name}, but the checkpoint's model has {action_dim}"
             )

@@ -21,6 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from action.model import MAX_PERIOD, MIN_PERIOD
 from pi0.errors import CheckpointError
 from pi0.param_tree import IMAGE_SIZE, BackboneDims, ExpertDims, ModelDims, ModelKind, Shape, VisionDims
 
@@ -131,10 +132,14 @@ def _is_replaced_norm(name: str, names: Mapping[str, str]) -> bool:
 
 
 def _check_lerobot_config(path: Path, kind: ModelKind) -> None:
-    """LeRobot's ``config.json`` names the model; openpi's has no ``type`` and nothing in it is needed."""
+    """LeRobot's ``config.json`` names the model and the periods of its time embedding, which the weights do not tell; openpi's has none of it."""
     if not path.is_file():
         return
-    declared = _read_json(path).get("type")
+    config = _read_json(path)
+    for field, period in (("min_period", MIN_PERIOD), ("max_period", MAX_PERIOD)):
+        if config.get(field, period) != period:
+            raise CheckpointError(f"{path} says {field} {config[field]!r}; only models with {period} are supported, as all published ones are")
+    declared = config.get("type")
     if declared is not None and declared != kind:
         raise CheckpointError(
             f"{path} says type {declared!r}, but the weights beside it are those of a {kind} model; supported types are {', '.join(KINDS)}"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pi0.errors import ObservationError
+from pi0.param_tree import IMAGE_SIZE
 
 MAX_SIDE = 8192
 """Longest side of an image, in pixels, that is taken from a client."""
@@ -101,6 +102,11 @@ def check_image(image: object, key: str) -> NDArray[Any]:
         image = np.moveaxis(image, 0, -1)
     if 0 in image.shape or max(image.shape) > MAX_SIDE:
         raise ObservationError(f"{key}: image is {image.shape[0]} × {image.shape[1]} pixels, expected 1 to {MAX_SIDE} on each side")
+    if 0 in _fitted(image.shape[0], image.shape[1], IMAGE_SIZE, IMAGE_SIZE):
+        raise ObservationError(
+            f"{key}: image is {image.shape[0]} × {image.shape[1]} pixels, so narrow that nothing of it is left at {IMAGE_SIZE} × {IMAGE_SIZE}; "
+            f"expected at most {IMAGE_SIZE} times as long as wide"
+        )
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating):
             raise ObservationError(f"{key}: image has dtype {image.dtype}, expected uint8 (0 to 255) or float (0 to 1)")

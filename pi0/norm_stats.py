@@ -36,7 +36,9 @@ def load_norm_stats(checkpoint_dir: Path, asset_id: str, *, quantiles: bool) -> 
     Raises:
         CheckpointError: the file is missing (names the assets that are there) or is not norm stats.
     """
-    root = checkpoint_dir.parent if checkpoint_dir.name == "params" and not (checkpoint_dir / "assets").exists() else checkpoint_dir
+    root = checkpoint_dir
+    if not (root / "assets").exists():  # then it may be params/, or a link to it
+        root = next((path.parent for path in (root, root.resolve()) if path.name == "params"), root)
     path = root / "assets" / asset_id / "norm_stats.json"
     if not path.is_file():
         assets = root / "assets"

@@ -102,9 +102,11 @@ class OrbaxParams:
         if name not in self._stored_names:
             raise CheckpointError(f"{self.directory} has no leaf {name}")
         if name not in self._stores:
+            # A path, not a file:// URL, in which "%", "#" and "?" (hub revisions have them) would mean something else.
+            base = {"driver": "file", "path": f"{self.directory.resolve()}/"}
             spec = {
                 "driver": "zarr",
-                "kvstore": {"driver": "ocdbt", "base": f"file://{self.directory.resolve()}/", "path": self._stored_names[name] + "/"},
+                "kvstore": {"driver": "ocdbt", "base": base, "path": self._stored_names[name] + "/"},
                 # Unless the writer left out chunks that hold only the fill value, a missing chunk is a damaged checkpoint.
                 "fill_missing_data_reads": not self._all_chunks_stored,
             }

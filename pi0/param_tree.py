@@ -216,6 +216,8 @@ def _lookup(shapes: Mapping[str, Shape]) -> Callable[[str, int], Shape]:
             raise CheckpointError(f"leaf {name} is missing; without it the model's dimensions cannot be told")
         if len(shapes[name]) != rank:
             raise CheckpointError(f"leaf {name} has shape {shapes[name]}, expected {rank} axes")
+        if 0 in shapes[name]:
+            raise CheckpointError(f"leaf {name} has shape {shapes[name]}: an axis is empty")
         return shapes[name]
 
     return at

@@ -34,7 +34,10 @@ def prompt_text(observation: Mapping[str, Any], default: str | None = None, *, r
     value = observation["prompt"]
     # Duck-typed, so that configuration alone does not pull in numpy.
     if getattr(value, "ndim", None) == 0 and value.dtype.kind in "US":
-        value = value.item()
+        try:
+            value = value.item()
+        except (ValueError, SystemError) as error:  # numpy lets the interpreter's own error through
+            raise ObservationError("prompt: a string array with values that are no Unicode characters, expected text") from error
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -43,4 +46,8 @@ def prompt_text(observation: Mapping[str, Any], default: str | None = None, *, r
     if not isinstance(value, str):
         what = f"an array of shape {list(value.shape)} and dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
         raise ObservationError(f"prompt: got {what}, expected text (str, 0-d string array or UTF-8 bytes)")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ObservationError(f"prompt: holds a lone surrogate (at character {error.start}), which is not text; send valid Unicode") from error
     return str(value)

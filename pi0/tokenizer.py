@@ -155,10 +155,13 @@ def find_tokenizer(tokenizer: str | Path | None, checkpoint_dir: Path, *, data_h
         CheckpointError: ``tokenizer`` names no file, or none is at hand and the download fails.
     """
     if tokenizer is not None:
-        if not Path(tokenizer).is_file():
+        path = Path(tokenizer).expanduser()
+        if not path.is_file():
             raise CheckpointError(f"tokenizer {tokenizer}: no such file; give the path of a {TOKENIZER_FILE}")
-        return Path(tokenizer)
-    for directory in (Path(checkpoint_dir), Path(checkpoint_dir).parent):
+        return path
+    checkpoint_dir = Path(checkpoint_dir)
+    # The last one is another where a link leads to params/.
+    for directory in (checkpoint_dir, checkpoint_dir.parent, checkpoint_dir.resolve().parent):
         if (directory / TOKENIZER_FILE).is_file():
             return directory / TOKENIZER_FILE
     from pi0.locations import cached_tokenizer, default_data_home

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.cameras import MODEL_CAMERAS, camera_images
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, PlannerError
 from pi0.locations import default_data_home, resolve
 from pi0.param_tree import IMAGE_SIZE
 from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS, MAX_GENERATION_TOKENS, prompt_text
@@ -116,7 +116,7 @@ class SubtaskGenerator:
         weights_dtype = jnp.dtype(_one_of("dtype", dtype_name, get_args(PlannerDtype)))
         root = resolve(checkpoint_dir, data_home=default_data_home())
         pieces = PromptTokenizer(find_tokenizer(tokenizer, root))
-        params, dims = restore(root, pieces.allowed_tokens(allowed_tokens), weights_dtype)
+        params, dims = restore(root, pieces.allowed_tokens(allowed_tokens), weights_dtype, tokens=pieces.vocab_size)
         return cls(
             Decoder(params, dims),
             pieces,
@@ -168,6 +168,7 @@ class SubtaskGenerator:
             ObservationError: a row has no known camera, or an image is not usable; names the key.
             PromptTooLongError: a prompt does not fit; says how many tokens do.
             ConfigError: an override is out of range.
+            PlannerError: the model gave values that are not finite.
         """
         started = time.perf_counter()
         if len(prompts) != len(images):
@@ -207,6 +208,9 @@ class SubtaskGenerator:
     ) -> list[tuple[tuple[int, ...], float, int]]:
         """(token ids, log-probability, decode steps) of each row of one program call."""
         decoded = self._decoder(pack(prompts, cameras), max_tokens)
+        # Not a number is larger than any logit to argmax, so it would come out as some token, at worst as an empty subtask.
+        if not np.isfinite(decoded.logprob).all():
+            raise PlannerError("the planner's log-probabilities are NaN or infinite; check the checkpoint's weights")
         return [
             (tuple(int(token) for token in decoded.tokens[row, : steps + 1]), float(decoded.logprob[row]), steps)
             for row, steps in enumerate(int(count) for count in decoded.decode_steps[: len(prompts)])

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
+_FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -43,23 +45,31 @@ class _Group:
     layout: Callable[..., tuple[Array, ...]] = lambda leaf: (leaf,)
 
 
-def restore(checkpoint_dir: str | Path, head_ids: NDArray[np.int32], dtype: np.dtype[Any]) -> tuple[PlannerParams, BackboneDims]:
+def restore(
+    checkpoint_dir: str | Path, head_ids: NDArray[np.int32], dtype: np.dtype[Any], *, tokens: int | None = None
+) -> tuple[PlannerParams, BackboneDims]:
     """Reads the planner's weights of an openpi checkpoint directory (its root or its ``params/``).
 
     Args:
         checkpoint_dir: a local directory.
         head_ids: ids of the tokens that may be generated, ascending.
         dtype: of all weights.
+        tokens: how many the tokenizer has; None stands for one more than the last of ``head_ids``.
 
     Raises:
-        CheckpointError: no checkpoint there, leaves are missing, unexpected or of the wrong shape (all are listed), or the
-            embedding has fewer rows than the tokenizer has tokens.
+        CheckpointError: no checkpoint there, leaves are missing, unexpected or of the wrong shape (all are listed), one is not
+            floating point, or the embedding has fewer rows than the tokenizer has tokens.
     """
     stored = OrbaxParams(Path(checkpoint_dir))
-    return restore_from(LoraMerged(stored), head_ids, dtype, where=str(stored.directory))
+    for name in stored:
+        if not is_action_leaf(name) and stored.dtype(name).name not in _FLOAT_DTYPES:
+            raise CheckpointError(f"leaf {name} of {stored.directory} is {stored.dtype(name)}, expected one of {', '.join(_FLOAT_DTYPES)}")
+    return restore_from(LoraMerged(stored), head_ids, dtype, tokens=tokens, where=str(stored.directory))
 
 
-def restore_from(source: ParamSource, head_ids: NDArray[np.int32], dtype: np.dtype[Any], *, where: str) -> tuple[PlannerParams, BackboneDims]:
+def restore_from(
+    source: ParamSource, head_ids: NDArray[np.int32], dtype: np.dtype[Any], *, tokens: int | None = None, where: str
+) -> tuple[PlannerParams, BackboneDims]:
     """As :func:`restore`, from any source of leaves; ``where`` names it in errors."""
     shapes = {name: shape for name, shape in source.shapes().items() if not is_action_leaf(name)}
     try:
@@ -67,9 +77,11 @@ def restore_from(source: ParamSource, head_ids: NDArray[np.int32], dtype: np.dty
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     check_shapes(shapes, backbone_shapes(dims), where)
-    if int(head_ids[-1]) >= dims.vocab_size:
+    # Prompts may hold tokens that are never generated; jax would read another row for one that has none.
+    last = int(head_ids[-1]) if tokens is None else tokens - 1
+    if last >= dims.vocab_size:
         raise CheckpointError(
-            f"{where}: the embedding has {dims.vocab_size} rows, but the tokenizer has a token {int(head_ids[-1])}; "
+            f"{where}: the embedding has {dims.vocab_size} rows, but the tokenizer has a token {last}; "
             "give the tokenizer that belongs to this checkpoint"
         )
     groups = _groups(shapes)

@@ -247,6 +247,7 @@ BAD_SIDE_FILES: dict[str, tuple[str, str, str]] = {
         r'write {"siglip": {"num_heads": "…"}} to .*/model_dims.json$',
     ),
     "another LeRobot policy": ("config.json", '{"type": "act"}', r"says type 'act', but the weights .* pi05 model; supported types are pi0, pi05$"),
+    "another time embedding": ("config.json", '{"type": "pi05", "max_period": 8.0}', r"says max_period 8.0; only models with 4.0 are supported"),
     "the other LeRobot policy": ("config.json", '{"type": "pi0"}', "says type 'pi0', but the weights beside it are those of a pi05 model"),
     "a broken config": ("config.json", "type: pi05", "config.json is not JSON"),
 }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from action.orbax_reader import OrbaxTensors
+from pi0.errors import CheckpointError
 from pi0.param_tree import ATTENTION, BLOCK, IMG, LAYERS, LLM
 from tests.action.synthetic import ODD_DIMS
 from tests.golden_data import CHECKPOINTS
@@ -86,6 +87,13 @@ def test_values_are_cast_while_they_are_read() -> None:
     for name, tensor in exact.items():
         assert rounded[name].dtype == torch.bfloat16
         torch.testing.assert_close(rounded[name], tensor.bfloat16(), rtol=0, atol=0)
+
+
+def test_a_tree_that_is_no_policy_says_where_it_is(tmp_path: Path) -> None:
+    params = write_orbax(tmp_path / "params", {"PaliGemma/llm/final_norm/scale": np.zeros(4, np.float32)})
+    with pytest.raises(CheckpointError) as caught:
+        OrbaxTensors(tmp_path)
+    assert str(caught.value).startswith(f"{params}: the checkpoint has no action expert")
 
 
 def test_only_what_is_wanted_is_read() -> None:

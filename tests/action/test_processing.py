@@ -295,6 +295,12 @@ class TestCheckpointFit:
     def test_exact_and_padded_widths(self, width: int) -> None:
         assert self.make(stats(width), stats(width)).prepare(aloha()).model_state.shape == (32,)
 
+    def test_a_state_wider_than_the_model_where_only_the_prompt_holds_it(self) -> None:
+        made = Processor(get_config("pi05_libero"), tokenizer(), {"state": Stats(*np.ones((4, 8))), "actions": Stats(*np.ones((4, 7)))}, 7)
+        prepared = made.prepare(libero())
+        assert prepared.model_state.shape == (7,)
+        assert made.robot_actions(np.zeros((10, 7), np.float32), prepared.state).shape == (10, 7)
+
     @pytest.mark.parametrize(
         ("state", "actions", "action_dim", "message"),
         [

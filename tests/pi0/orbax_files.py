@@ -21,7 +21,7 @@ def write_orbax(params: Path, tree: Mapping[str, NDArray[Any]], *, trailing: str
     for name, value in tree.items():
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": f"file://{params}/", "path": ".".join(paths[name]) + "/"},
+            "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params}/"}, "path": ".".join(paths[name]) + "/"},
         }
         ts.open(spec, create=True, dtype=ts.dtype(value.dtype), shape=value.shape).result().write(value).result()
     content = {

@@ -56,6 +56,10 @@ IMAGE = np.zeros((4, 4, 3), np.float32)
         (np.zeros((1, 4, 4, 3), np.uint8), "cam: image has shape [1, 4, 4, 3], expected [height, width, 3] or [3, height, width]"),
         (np.zeros((0, 4, 3), np.uint8), f"cam: image is 0 × 4 pixels, expected 1 to {MAX_SIDE} on each side"),
         (np.zeros((1, MAX_SIDE + 1, 3), np.uint8), f"cam: image is 1 × {MAX_SIDE + 1} pixels, expected 1 to {MAX_SIDE} on each side"),
+        (
+            np.zeros((1, 225, 3), np.uint8),
+            "cam: image is 1 × 225 pixels, so narrow that nothing of it is left at 224 × 224; expected at most 224 times as long as wide",
+        ),
         (np.zeros((4, 4, 3), np.int64), "cam: image has dtype int64, expected uint8 (0 to 255) or float (0 to 1)"),
         (np.zeros((4, 4, 3), np.bool_), "cam: image has dtype bool, expected uint8 (0 to 255) or float (0 to 1)"),
         (np.full((4, 4, 3), "x"), "cam: image has dtype <U1, expected uint8 (0 to 255) or float (0 to 1)"),

@@ -62,6 +62,15 @@ def test_bad_files(tmp_path, content, message):
         load_norm_stats(tmp_path, "a", quantiles=True)
 
 
+def test_whole_numbers_null_quantiles_and_links(tmp_path):
+    write(tmp_path, {"mean": [1, 2], "std": [1, 1], "q01": None, "q99": None, "count": 7})
+    (tmp_path / "params").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "params")
+    for path in (tmp_path, tmp_path / "params", tmp_path / "link"):
+        loaded = load_norm_stats(path, "a", quantiles=False)["state"]
+        assert loaded.mean.dtype == np.float64 and loaded.mean.tolist() == [1.0, 2.0] and loaded.q01 is None
+
+
 def test_missing_asset_names_what_is_there():
     with pytest.raises(
         CheckpointError, match=r"no norm stats for asset 'ur5e'.*assets in this checkpoint: droid, physical-intelligence/libero, trossen"

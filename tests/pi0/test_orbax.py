@@ -60,6 +60,12 @@ def test_only_a_common_trailing_value_is_dropped(tmp_path: Path, trailing: str |
         np.testing.assert_array_equal(params.read(name), value)
 
 
+@pytest.mark.parametrize("name", ["with space", "name@refs%2Fpr%2F1", "run#3", "what?", "größe[0]"])
+def test_a_path_may_hold_any_character(tmp_path: Path, name: str) -> None:
+    params = OrbaxParams(write_orbax(tmp_path / name / "params", TREE))
+    np.testing.assert_array_equal(params.read("a/kernel"), TREE["a/kernel"])
+
+
 def test_a_leaf_that_does_not_exist_is_named(tmp_path: Path) -> None:
     params = OrbaxParams(write_orbax(tmp_path / "params", TREE))
     with pytest.raises(CheckpointError, match="has no leaf a/bias"):

@@ -92,6 +92,7 @@ def test_dimensions_and_shapes_determine_each_other(data: st.DataObject) -> None
         ("PaliGemma/img/embedding/kernel", None, "leaf PaliGemma/img/embedding/kernel is missing"),
         ("PaliGemma/llm/final_norm_1/Dense_0/kernel", None, "has no action expert"),
         ("action_in_proj/kernel", (32,), r"leaf action_in_proj/kernel has shape \(32,\), expected 2 axes"),
+        ("PaliGemma/img/embedding/kernel", (0, 0, 3, 1152), r"shape \(0, 0, 3, 1152\): an axis is empty"),
         ("PaliGemma/img/pos_embedding", (1, 255, 1152), "has 255 positions, but 14-pixel patches of a 224×224 image are 256"),
     ],
 )

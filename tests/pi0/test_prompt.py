@@ -9,6 +9,11 @@ from pi0.prompt import prompt_text
 EXPECTED = "expected text (str, 0-d string array or UTF-8 bytes)"
 
 
+def code_point(value: int) -> Any:
+    """A 0-d string array of one code point, as the wire can carry it, valid or not."""
+    return np.array(value, np.uint32).view("<U1")
+
+
 @pytest.mark.parametrize("prompt", ["pick up the cüp", "pick up the cüp".encode(), np.array("pick up the cüp"), np.array("pick up the cüp".encode())])
 def test_text_bytes_and_string_arrays(prompt: Any) -> None:
     assert prompt_text({"prompt": prompt}, "not this") == "pick up the cüp"
@@ -28,6 +33,9 @@ def test_default_only_where_the_key_is_absent() -> None:
         ({"prompt": ["a"]}, f"prompt: got list, {EXPECTED}"),
         ({"prompt": b"\xff"}, "prompt: 1 bytes that are not UTF-8 (at byte 0), expected text"),
         ({"prompt": np.array(["a"])}, f"prompt: got an array of shape [1] and dtype <U1, {EXPECTED}"),
+        ({"prompt": "a\ud800"}, "prompt: holds a lone surrogate (at character 1), which is not text; send valid Unicode"),
+        ({"prompt": code_point(0xDC00)}, "prompt: holds a lone surrogate (at character 0), which is not text; send valid Unicode"),
+        ({"prompt": code_point(0x110000)}, "prompt: a string array with values that are no Unicode characters, expected text"),
         ({"prompt": np.array(1.5)}, f"prompt: got an array of shape [] and dtype float64, {EXPECTED}"),
     ],
 )

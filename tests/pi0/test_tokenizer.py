@@ -86,12 +86,18 @@ def test_clean_task(task, cleaned):
     assert clean_task(task) == cleaned
 
 
-def test_find_tokenizer(tmp_path: Path):
+def test_find_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     beside = tmp_path / "paligemma_tokenizer.model"
     beside.write_bytes(TOKENIZER.read_bytes())
     assert find_tokenizer(TOKENIZER, tmp_path) == TOKENIZER, "the explicit one wins"
     assert find_tokenizer(None, tmp_path) == beside
     assert find_tokenizer(None, tmp_path / "params") == beside
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_tokenizer("~/paligemma_tokenizer.model", tmp_path / "elsewhere") == beside
+    (tmp_path / "params").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "link").symlink_to(tmp_path / "params")
+    assert find_tokenizer(None, tmp_path / "other" / "link") == beside
     with pytest.raises(CheckpointError, match="no such file"):
         find_tokenizer(tmp_path / "none.model", tmp_path)
 

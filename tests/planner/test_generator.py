@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from pi0.errors import CheckpointError, ConfigError, ObservationError, PromptTooLongError
+from pi0.errors import CheckpointError, ConfigError, ObservationError, PlannerError, PromptTooLongError
 from pi0.orbax import OrbaxParams
 from pi0.param_tree import backbone_dims, is_action_leaf
 from pi0.tokenizer import PromptTokenizer
@@ -271,6 +272,13 @@ def test_unknown_options_are_config_errors(options: dict[str, Any], message: str
     with pytest.raises(ConfigError) as error:
         load(**options)
     assert str(error.value) == message
+
+
+def test_weights_that_give_no_numbers_are_an_error_and_not_an_empty_subtask(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = dataclasses.replace(generator._decoder.params, head=generator._decoder.params.head * np.nan)
+    monkeypatch.setattr(generator._decoder, "params", broken)
+    with pytest.raises(PlannerError, match="log-probabilities are NaN or infinite; check the checkpoint's weights"):
+        generator.generate("pick up the cup", {"cam_high": PIXELS})
 
 
 def test_a_tokenizer_that_is_not_there_is_a_checkpoint_error() -> None:

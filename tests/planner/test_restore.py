@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -16,6 +17,7 @@ from pi0.errors import CheckpointError
 from pi0.param_tree import LAYERS, LLM, BackboneDims, ExpertDims, VisionDims, backbone_dims
 from planner.restore import restore, restore_from
 from tests.golden_data import CHECKPOINTS
+from tests.pi0.orbax_files import write_orbax
 from tests.planner.golden_planner import ALL_PIECES
 from tests.planner.oracle import RandomParams
 
@@ -114,6 +116,19 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_anything_is_rea
 
     with pytest.raises(CheckpointError, match=r"the embedding has 64 rows, but the tokenizer has a token 64"):
         restore_from(Unread(SMALL), np.arange(65, dtype=np.int32), FLOAT32, where="here")
+    with pytest.raises(CheckpointError, match=r"the embedding has 64 rows, but the tokenizer has a token 64"):
+        restore_from(Unread(SMALL), IDS, FLOAT32, tokens=65, where="here")
+
+
+def test_stored_dtypes_may_differ_from_leaf_to_leaf_but_are_all_floating_point(tmp_path: Path) -> None:
+    source, dtypes = RandomParams(SMALL), (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+    tree = {name: source.read(name).astype(dtypes[index % 4]) for index, name in enumerate(source)}
+    write_orbax(tmp_path / "mixed" / "params", tree)
+    assert {leaf.dtype for leaf in jax.tree.leaves(restore(tmp_path / "mixed", IDS, FLOAT32)[0])} == {FLOAT32, np.dtype(np.int32)}
+    name = f"{LAYERS}/mlp/linear"
+    write_orbax(tmp_path / "quantised" / "params", tree | {name: tree[name].astype(np.int8)})
+    with pytest.raises(CheckpointError, match=rf"leaf {name} of .* is int8, expected one of float16, bfloat16, float32, float64$"):
+        restore(tmp_path / "quantised", IDS, FLOAT32)
 
 
 def test_no_checkpoint_there_is_a_checkpoint_error(tmp_path: Path) -> None:
