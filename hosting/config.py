@@ -273,6 +273,10 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
         config = ServiceConfig.model_validate(values)
     except ValidationError as error:
         problems += validation_problems(error.errors(include_url=False), ServiceConfig, merged.origin)
+    try:
+        pytorch_compile_mode(environ)  # read when the action slot loads; a mistake in it should not cost the time until then
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         # A variable's name may hold any bytes, and the message must print all the same.
         raise ConfigError("\n".join(problems).encode("utf-8", "backslashreplace").decode())

@@ -53,7 +53,7 @@ class Endpoint:
         self._opened.set()
 
     async def opened(self) -> None:
-        """Returns when the slot is ready."""
+        """Returns when the slot is ready, or never will be because the endpoint was closed."""
         await self._opened.wait()
 
     async def infer(self, obs: Observation) -> tuple[Reply, float]:
@@ -76,7 +76,12 @@ class Endpoint:
                 self._idle.set()
         return reply, (time.perf_counter() - started_s) * 1e3
 
-    async def drain(self) -> None:
-        """Take nothing new; returns when what was accepted is done."""
+    def close(self) -> None:
+        """Take nothing new, and let those go who still wait for the slot."""
         self.draining = True
+        self._opened.set()
+
+    async def drain(self) -> None:
+        """Close; returns when what was accepted is done."""
+        self.close()
         await self._idle.wait()

@@ -46,7 +46,7 @@ class SlotWorker:
             raise OverloadedError(f"the {self.slot} is overloaded: {self._unfinished} requests are waiting; try again later")
         self._unfinished += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _outcome, call)
         finally:
             self._unfinished -= 1
 
@@ -54,3 +54,11 @@ class SlotWorker:
         """Take no new calls; returns at once, the one that runs is left to finish."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except StopIteration as error:
+        # No future can hold it: its caller would wait for ever.
+        raise RuntimeError("StopIteration was raised where nothing iterates") from error

@@ -96,6 +96,8 @@ class Service:
                     await self._stop.wait()
                 return await self._drain()
             finally:
+                for endpoint in self._endpoints.values():
+                    endpoint.close()
                 for server, _ in servers:
                     server.should_exit = True
                 await asyncio.gather(*tasks)
@@ -312,8 +314,9 @@ def _bound(field: str, host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+    except (OSError, TypeError, UnicodeError) as error:  # the latter two for a name that no host can have
+        # The errno of a failed look-up is not one that os.strerror() knows; what create_server() adds is said here already.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
         raise ConfigError(f"{field}: cannot listen on {host} port {port} ({reason}); stop what uses it, or choose another port or host") from error
 
 

@@ -58,10 +58,19 @@ class WebSocketClient:
 
         Raises:
             InferenceError: the server answered with an error.
+            TimeoutError: no reply came within ``timeout_s``; the connection is then closed.
             websockets.ConnectionClosed: the connection is gone.
         """
         self._connection.send(msgpack_numpy.pack(dict(obs)))
-        reply: Reply = msgpack_numpy.unpack(self._receive(self._timeout_s))
+        try:
+            answer = self._receive(self._timeout_s)
+        except InferenceError:
+            raise
+        except BaseException:
+            # Whoever stopped waiting must not get the late reply as that to the next observation.
+            self._connection.close_socket()
+            raise
+        reply: Reply = msgpack_numpy.unpack(answer)
         return reply
 
     def reset(self) -> None:

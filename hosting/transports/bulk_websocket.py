@@ -27,6 +27,9 @@ _TRUSTED_BYTES = 1024 * 1024
 _GROWTH = 4
 """Beyond that, how many times the bytes that did arrive are reserved: a header alone buys a client no memory."""
 
+_AHEAD = 1
+"""How many messages may wait behind the one that the app works on. Reading goes on until then, and with it pings are answered."""
+
 _LINGER_S = 5.0
 """How long a client that broke the rules may go on sending, in seconds, before the connection is closed under it."""
 
@@ -46,7 +49,7 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     """For ``ws=`` of :class:`uvicorn.Config`.
 
     ``websocket.receive`` events carry a :class:`memoryview` instead of bytes for a masked, unfragmented binary frame with a 64-bit
-    length (65536 bytes and more). Order, backpressure, ``ws_max_size`` and close codes are the parent's.
+    length (65536 bytes and more). Order, ``ws_max_size`` and close codes are the parent's; reading pauses ``_AHEAD`` messages later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,6 +93,20 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             return await super().receive()
         finally:
             self._app_waits = False
+
+    def send_receive_event_to_app(self) -> None:
+        super().send_receive_event_to_app()
+        if self.read_paused and self.queue.qsize() <= _AHEAD:
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    def keepalive_timeout(self) -> None:
+        if not self.read_paused:
+            super().keepalive_timeout()
+            return
+        # The pong may have come, behind messages that are not read yet.
+        self.pong_timer = self.pending_ping_payload = None
+        self.schedule_ping()
 
     def handle_parser_exception(self) -> None:
         """As the parent, but the connection is closed when the client has heard of it: it answers with a close frame (or ``_LINGER_S`` pass).

@@ -5,6 +5,7 @@ The app can be mounted elsewhere; whoever serves it must not compress frames and
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -56,25 +57,40 @@ class WebSocketTransport:
     async def _converse(self, websocket: WebSocket) -> None:
         await websocket.accept()
         self._busy[websocket] = False
+        # Begun while the client is held, so that one that leaves before the slot is ready is forgotten at once.
+        receiving = asyncio.create_task(websocket.receive())
         try:
-            await self._endpoint.opened()
-            if self._endpoint.draining:
+            if not await self._opened(receiving):
                 return
             connection = Connection()
             await websocket.send_bytes(connection.hello(self._endpoint.metadata))
-            while not self._endpoint.draining:
-                message = await websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
+            message = await receiving
+            # A request that comes just as close_idle() closes its connection can no longer be answered.
+            while message["type"] == "websocket.receive" and not self._endpoint.draining:
                 self._busy[websocket] = True
                 await self._answer(websocket, connection, message)
                 self._busy[websocket] = False
+                if not self._endpoint.draining:
+                    message = await websocket.receive()
         except (WebSocketDisconnect, OSError):
             logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
         finally:
+            receiving.cancel()
             del self._busy[websocket]
             if self._endpoint.draining:
                 await _close(websocket)
+
+    async def _opened(self, receiving: asyncio.Task[Message]) -> bool:
+        """Wait for the slot; returns whether there is one to talk to and the client is still there."""
+        opening = asyncio.create_task(self._endpoint.opened())
+        try:
+            await asyncio.wait([opening, receiving], return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done() and receiving.result()["type"] == "websocket.disconnect":
+                return False
+            await opening
+        finally:
+            opening.cancel()
+        return not self._endpoint.draining
 
     async def _answer(self, websocket: WebSocket, connection: Connection, message: Message) -> None:
         arrived_s = time.perf_counter()

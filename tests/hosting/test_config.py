@@ -442,6 +442,12 @@ class TestEnvironment:
         )
 
 
+def test_a_wrong_compile_mode_is_found_with_the_configuration(write: Write) -> None:
+    path = write({"planner": {"checkpoint_dir": "/ckpt"}})
+    (line,) = problems(path, {"OPENPI_PYTORCH_COMPILE_MODE": "fast"})
+    assert line.startswith("OPENPI_PYTORCH_COMPILE_MODE: expected one of default,")
+
+
 class TestPrecedence:
     FIELDS = st.sampled_from(["host", "action.default_prompt", "action_transport.websocket_port"])
     SOURCES = st.sets(st.sampled_from(["flag", "environment", "file"]))

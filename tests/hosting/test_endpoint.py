@@ -44,6 +44,15 @@ async def test_clients_wait_until_it_opens(worker: SlotWorker) -> None:
     assert endpoint.ready
 
 
+async def test_closing_lets_those_go_who_wait_for_it_to_open(worker: SlotWorker) -> None:
+    endpoint = Endpoint("action", {"action": worker})
+    waiting = asyncio.create_task(endpoint.opened())
+    await asyncio.sleep(0)
+    endpoint.close()
+    await waiting
+    assert endpoint.draining and not endpoint.ready
+
+
 async def test_metadata_says_who_serves(endpoint: Endpoint) -> None:
     assert endpoint.metadata == {"action_horizon": 10, "server_name": "tandem", "server_version": __version__, "slot": "action"}
 

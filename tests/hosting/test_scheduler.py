@@ -75,6 +75,9 @@ async def test_what_a_call_raises_is_raised_to_its_caller_only(gate: Gate) -> No
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         await worker.run(fail)
+    # A future cannot hold a StopIteration; its caller would wait for ever.
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await asyncio.wait_for(worker.run(lambda: next(iter(()))), 30)
     assert await worker.run(lambda: 7) == 7
     worker.close()
 

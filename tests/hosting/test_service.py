@@ -228,12 +228,50 @@ def test_early_clients_are_held_until_ready():
         assert answers == [10]
 
 
-def test_a_slot_that_cannot_load_ends_the_service():
+def test_a_slot_that_cannot_load_ends_the_service_and_lets_early_clients_go(caplog):
+    load = threading.Event()
+
     def broken(config):
+        assert load.wait(30)
         raise CheckpointError("no such checkpoint")
 
-    with pytest.raises(CheckpointError, match="no such checkpoint"), start(service_config("action"), Loaders(broken, broken)):
+    with start(service_config("action"), Loaders(broken, broken), wait_ready=False) as service:
+        with connect(service.addresses["action"], compression=None) as early:
+            load.set()
+            with pytest.raises((ConnectionClosedError, ConnectionClosedOK)) as closed:
+                early.recv(timeout=30)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
+        with pytest.raises(CheckpointError, match="no such checkpoint"):
+            service.wait_stopped()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_stopping_while_it_loads_lets_early_clients_go(caplog):
+    load = threading.Event()
+
+    def slow(config):
+        assert load.wait(30)
+        return EchoPolicy()
+
+    with start(service_config("action"), Loaders(slow, slow), wait_ready=False) as service:
+        with connect(service.addresses["action"], compression=None) as early:
+            service.stop()
+            with pytest.raises((ConnectionClosedError, ConnectionClosedOK)) as closed:
+                early.recv(timeout=30)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
+        assert service.wait_stopped() == 0
+        load.set()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"), [("no-such-host.invalid", r"\w[\w ]+"), ("é" * 80, "encoding of hostname failed")], ids=["unknown", "impossible"]
+)
+def test_a_host_that_is_none_is_one_readable_error(host, reason):
+    message = rf"^action_transport.websocket_port: cannot listen on {host} port 0 \({reason}\); stop what uses it, or choose another port or host$"
+    with pytest.raises(ConfigError, match=message) as caught, start(service_config("action", host=host), stubs()):
         pass
+    assert "Unknown error" not in str(caught.value)
 
 
 def test_a_port_in_use_is_one_readable_error():

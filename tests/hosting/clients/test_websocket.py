@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -93,11 +94,17 @@ def test_a_reply_that_does_not_come_in_time() -> None:
         connection.send(HELLO)
         connection.recv()
         done.wait(30)
+        with contextlib.suppress(ConnectionClosed):
+            connection.send(msgpack_numpy.pack({"late": True}))
+            connection.recv()
 
-    with server(converse) as url:
-        with WebSocketClient(url, timeout_s=0.01) as client, pytest.raises(TimeoutError):
+    with server(converse) as url, WebSocketClient(url, timeout_s=0.01) as client:
+        with pytest.raises(TimeoutError):
             client.infer({})
         done.set()
+        # The late reply must not pass for that to another observation.
+        with pytest.raises(ConnectionClosed):
+            client.infer({})
 
 
 def test_a_handshake_that_does_not_come_in_time() -> None:

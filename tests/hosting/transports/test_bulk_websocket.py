@@ -232,20 +232,42 @@ async def test_all_data_may_also_come_through_data_received():
     await connection.end()
 
 
-@pytest.mark.parametrize("kind", [BulkWebSocketProtocol, WebSocketsSansIOProtocol])
-async def test_nothing_more_is_read_until_the_app_takes_a_message(kind):
-    connection = InMemory(kind)
+@pytest.mark.parametrize("size", [100, 200_000])
+async def test_one_message_is_read_ahead_while_the_app_works_and_pings_are_answered(size):
+    connection = InMemory(BulkWebSocketProtocol)
     await connection.ready()
     connection.go.clear()
     await connection.feed(frame(Opcode.BINARY, NOISE[:100_000]))  # taken at once: the app was waiting
     await connection.settle()
     assert len(connection.events) == 1 and not connection.transport.paused
-    await connection.feed(frame(Opcode.BINARY, NOISE[:200_000]))
+    await connection.feed(frame(Opcode.BINARY, NOISE[:size]))
+    await connection.feed(frame(Opcode.PING, b"x"))
+    assert connection.transport.sent == frame(Opcode.PONG, b"x", mask=False)
+    await connection.feed(frame(Opcode.BINARY, NOISE[:size]))
     await connection.settle()
     assert len(connection.events) == 1 and connection.transport.paused
     connection.go.set()
     await connection.settle()
-    assert len(connection.events) == 2 and not connection.transport.paused
+    assert len(connection.events) == 3 and not connection.transport.paused
+    await connection.end()
+
+
+async def test_a_client_whose_pong_is_not_read_is_not_dropped_for_it():
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    connection.go.clear()
+    for _ in range(3):
+        await connection.feed(frame(Opcode.BINARY, NOISE[:100]))
+        await connection.settle()
+    assert connection.transport.paused
+    connection.protocol.send_keepalive_ping()
+    connection.protocol.pong_timer._run()
+    assert not connection.transport.closing and connection.protocol.ping_timer is not None
+    connection.go.set()
+    await connection.settle()
+    connection.protocol.send_keepalive_ping()
+    connection.protocol.pong_timer._run()
+    assert connection.transport.closing, "now it could have been read"
     await connection.end()
 
 
