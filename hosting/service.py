@@ -109,7 +109,7 @@ class Service:
         if self._stop.is_set():
             logger.warning("stopped a second time: leaving at once")
             _exit_now(1)
-        logger.info("stopping: no new connections, what is in flight is finished (again to force)")
+        logger.info("stopping: no new requests, what is in flight is finished (again to force)")
         self._stop.set()
 
     def ready_line(self) -> str:

@@ -78,7 +78,7 @@ def test_idle(number: signal.Signals) -> None:
         client.recv()
         server.signal(number)
         assert server.wait() == 0
-        assert server.messages()[-2:] == ["stopping: no new connections, what is in flight is finished (again to force)", "stopped"]
+        assert server.messages()[-2:] == ["stopping: no new requests, what is in flight is finished (again to force)", "stopped"]
         with pytest.raises(ConnectionClosed) as closed:
             client.recv(timeout=30)
         assert closed.value.rcvd is not None and (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "the server is shutting down")

@@ -335,3 +335,30 @@ def test_drain_gives_up_after_drain_s():
         finish.set()
         thread.join(30)
         assert isinstance(outcomes[0], ConnectionClosedError | ConnectionClosedOK)
+
+
+def test_a_client_that_connects_while_the_server_drains_is_told_to_go():
+    working, finish = threading.Event(), threading.Event()
+
+    def hook(obs):
+        working.set()
+        assert finish.wait(30)
+
+    with start(service_config("action"), stubs(EchoPolicy(hook))) as service, WebSocketClient(service.addresses["action"]) as busy:
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(busy.infer({"prompt": "x"})))
+        thread.start()
+        assert working.wait(30)
+        with connect(service.addresses["action"], compression=None) as idle:
+            idle.recv()
+            service.stop()
+            with pytest.raises((ConnectionClosedError, ConnectionClosedOK)):  # now the server drains
+                idle.recv(timeout=30)
+        with connect(service.addresses["action"], compression=None) as late, pytest.raises((ConnectionClosedError, ConnectionClosedOK)) as closed:
+            late.recv(timeout=30)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
+        assert httpx.get(service.http("action") + "/healthz").text == "shutting down\n"
+        finish.set()
+        thread.join(30)
+        assert "actions" in replies[0]
+        assert service.wait_stopped() == 0
