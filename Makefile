@@ -7,7 +7,7 @@ comma := ,
 # One marker per choice of extras, so that asking for another one installs it.
 VENV = .venv/.ok$(subst $(comma),-,$(addprefix -,$(EXTRAS)))
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-hud lint bench
 
 demo: $(VENV)
 	.venv/bin/python main.py demo
@@ -20,6 +20,8 @@ lint: $(VENV)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+test-hud: .venv-hud/.ok test
 
 bench: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m benchmarks.overhead
@@ -38,4 +40,11 @@ $(VENV): pyproject.toml constraints.txt Makefile
 	@echo "Making .venv-openpi-client"
 	$(PY) -m venv .venv-openpi-client
 	.venv-openpi-client/bin/pip --disable-pip-version-check --quiet install openpi-client==0.1.2 typing-extensions
+	@touch $@
+
+# The HUD harness brings 450 MB of its own; `make test` skips its tests where this was not made.
+.venv-hud/.ok: Makefile
+	@echo "Making .venv-hud"
+	$(PY) -m venv .venv-hud
+	.venv-hud/bin/pip --disable-pip-version-check --quiet install 'hud[robot]==0.6.21'
 	@touch $@

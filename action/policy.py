@@ -141,13 +141,13 @@ class ActionPolicy:
         return self.infer_batch([obs], noise=None if noise is None else [noise], seeds=None if seed is None else [seed])[0]
 
     def infer_batch(
-        self, observations: Sequence[Observation], *, noise: Sequence[Noise] | Noise | None = None, seeds: Sequence[int] | None = None
+        self, observations: Sequence[Observation], /, *, noise: Sequence[Noise] | Noise | None = None, seeds: Sequence[int | None] | None = None
     ) -> list[dict[str, Any]]:
         """One model call for several observations; each reply is what :meth:`infer` gives for it.
 
         Args:
             noise: ``[B, H, A]``, or one ``[H, A]`` per observation.
-            seeds: one per observation.
+            seeds: one per observation; None in it for fresh noise.
 
         Raises:
             As :meth:`infer`; with more than one observation the message says which. One bad observation fails the call.
@@ -184,7 +184,7 @@ class ActionPolicy:
                 raise
             raise type(error)(f"observation {row} of the batch of {count}: {error}") from error
 
-    def _noise(self, count: int, noise: Sequence[Noise] | Noise | None, seeds: Sequence[int] | None) -> NDArray[np.float32]:
+    def _noise(self, count: int, noise: Sequence[Noise] | Noise | None, seeds: Sequence[int | None] | None) -> NDArray[np.float32]:
         """``[count, H, A]``."""
         if noise is not None and seeds is not None:
             raise ValueError("noise and seed were both given; give one of them")

@@ -2,11 +2,10 @@
 
     python -m benchmarks.overhead [--quick] [--json FILE]
 
-The peer is openpi's design (reference/wire.md §1.6), built here on the same ``websockets`` library and the same codec: an asyncio
-``websockets`` server that unpacks, calls the policy inline in its event loop and packs. Both servers run in processes of their own
-on loopback; one client, openpi-client's way (sync ``websockets``), talks to them in turn. The observation is three 224² uint8
-cameras, a state and a prompt (452 kB); the reply a chunk of 50 × 32 float64. A second part asks how soon ``/healthz`` answers
-while an inference of 300 ms runs.
+The peer is openpi's design (``benchmarks/openpi_design.py``): an asyncio ``websockets`` server that unpacks, calls the policy inline in
+its event loop and packs. Both servers run in processes of their own on loopback; the same stock client talks to them in turn. The
+observation is three 224² uint8 cameras, a state and a prompt (452 kB); the reply a chunk of 50 × 32 float64. A second part asks how
+soon ``/healthz`` answers while an inference of 300 ms runs.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.openpi_design import StockClient, serve_inline
 from benchmarks.report import Goal, arguments, finish, machine
-from hosting.clients.websocket import WebSocketClient
 from hosting.config import ActionConfig, ActionTransportConfig, ServiceConfig
-from hosting.protocol import msgpack_numpy
 from hosting.service import Loaders, Service
 
 SLOW_S = 0.3
@@ -51,7 +49,8 @@ def serve_ours(ready: Connection) -> None:
 
     async def main() -> None:
         config = ServiceConfig(
-            action=ActionConfig(model_config_name="no-op", checkpoint_dir="none"), action_transport=ActionTransportConfig(websocket_port=0)
+            action=ActionConfig(model_config_name="no-op", checkpoint_dir="none"),
+            action_transport=ActionTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
         )
         service = Service(config, loaders=Loaders(lambda config: NoOp(), lambda config: NoOp()))
         serving = asyncio.create_task(service.serve())
@@ -64,40 +63,7 @@ def serve_ours(ready: Connection) -> None:
 
 def serve_peer(ready: Connection) -> None:
     """openpi's server design with the no-op policy."""
-    import http
-
-    from websockets.asyncio.server import serve
-    from websockets.exceptions import ConnectionClosed
-
-    policy = NoOp()
-
-    async def handler(websocket: Any) -> None:
-        await websocket.send(msgpack_numpy.pack({}))
-        prev_total_s = None
-        while True:
-            started_s = time.monotonic()
-            try:
-                message = await websocket.recv()
-            except ConnectionClosed:
-                return
-            obs = msgpack_numpy.unpack(message)
-            infer_s = time.monotonic()
-            reply = policy.infer(obs)
-            reply = {**reply, "server_timing": {"infer_ms": (time.monotonic() - infer_s) * 1e3}}
-            if prev_total_s is not None:
-                reply["server_timing"]["prev_total_ms"] = prev_total_s * 1e3
-            await websocket.send(msgpack_numpy.pack(reply))
-            prev_total_s = time.monotonic() - started_s
-
-    def health(connection: Any, request: Any) -> Any:
-        return connection.respond(http.HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
-
-    async def main() -> None:
-        async with serve(handler, "127.0.0.1", 0, compression=None, max_size=None, process_request=health) as server:
-            ready.send(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-            await server.serve_forever()
-
-    asyncio.run(main())
+    serve_inline(NoOp(), ready.send)
 
 
 @contextmanager
@@ -121,7 +87,7 @@ def observation() -> dict[str, Any]:
     return {"images": images, "state": rng.random(14), "prompt": "pick up the red cup"}
 
 
-def round_trips(clients: dict[str, WebSocketClient], rounds: int, calls: int) -> dict[str, list[float]]:
+def round_trips(clients: dict[str, StockClient], rounds: int, calls: int) -> dict[str, list[float]]:
     """Milliseconds per call; the servers take turns, a block of calls each."""
     obs = observation()
     times: dict[str, list[float]] = {name: [] for name in clients}
@@ -142,9 +108,10 @@ def health_under_load(url: str, probes: int) -> list[float]:
     stop = threading.Event()
 
     def load() -> None:
-        with WebSocketClient(url) as client:
-            while not stop.is_set():
-                client.infer({"prompt": "x", "sleep_s": SLOW_S})
+        client = StockClient(url)
+        while not stop.is_set():
+            client.infer({"prompt": "x", "sleep_s": SLOW_S})
+        client.close()
 
     thread = threading.Thread(target=load)
     thread.start()
@@ -173,7 +140,7 @@ def main() -> None:
     print(machine())
     with running(serve_ours) as ours, running(serve_peer) as peer:
         urls = {"tandem": ours, "openpi design": peer}
-        clients = {name: WebSocketClient(url) for name, url in urls.items()}
+        clients = {name: StockClient(url) for name, url in urls.items()}
         times = round_trips(clients, rounds, calls)
         for client in clients.values():
             client.close()

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.report import Goal, arguments, finish, machine
 from demo import scene
 from demo.checkpoints import MODEL_CONFIG, ensure_checkpoints
-from hosting.clients.websocket import WebSocketClient
+from hosting.clients.client import Client
 from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, PlannerTransportConfig, ServiceConfig
 from hosting.service import Service
 
@@ -37,8 +37,8 @@ def serve(ready: Connection, planner: Path, action: Path, omp_threads: int | Non
     config = ServiceConfig(
         action=ActionConfig(model_config_name=MODEL_CONFIG, checkpoint_dir=str(action)),
         planner=PlannerConfig(checkpoint_dir=str(planner)),
-        action_transport=ActionTransportConfig(websocket_port=0),
-        planner_transport=PlannerTransportConfig(websocket_port=0),
+        action_transport=ActionTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
+        planner_transport=PlannerTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
         admin=AdminConfig(port=0),
     )
 
@@ -55,7 +55,7 @@ def serve(ready: Connection, planner: Path, action: Path, omp_threads: int | Non
 def action_calls(url: str, calls: int) -> list[float]:
     """Milliseconds of each call."""
     times = []
-    with WebSocketClient(url) as client:
+    with Client(url) as client:
         for frame in range(calls + 3):
             obs = {**scene.observation(frame), "mode": "action_only"}
             started_s = time.perf_counter()
@@ -75,7 +75,7 @@ def measure(planner: Path, action: Path, omp_threads: int | None, calls: int) ->
         stop = threading.Event()
 
         def plan() -> None:
-            with WebSocketClient(addresses["planner"]) as client:
+            with Client(addresses["planner"]) as client:
                 while not stop.is_set():
                     client.infer(scene.observation(0))
 

@@ -16,15 +16,14 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from websockets.exceptions import ConnectionClosed
 
 from demo import scene
 from demo.checkpoints import MODEL_CONFIG, ensure_checkpoints
 from hosting import logs
-from hosting.clients.websocket import WebSocketClient
+from hosting.clients.client import Client
+from hosting.clients.errors import ConnectError, ConnectionLostError
 from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, PlannerTransportConfig, ServiceConfig
 from hosting.service import Service
-from hosting.transports.websocket import GOING_AWAY
 
 _SHOWN = 8
 
@@ -97,7 +96,7 @@ async def _run(config: ServiceConfig, console: Console, *, steps: int, stay: boo
             await asyncio.wait([serving, streaming], return_when=asyncio.FIRST_COMPLETED)
         if not streaming.done():
             streaming.cancel()
-        elif isinstance(ended := streaming.exception(), ConnectionClosed) and ended.rcvd is not None and ended.rcvd.code == GOING_AWAY:
+        elif isinstance(streaming.exception(), ConnectError | ConnectionLostError) and service.stopping:
             return await serving  # Ctrl-C in the middle of the stream
         else:
             streaming.result()
@@ -110,7 +109,7 @@ async def _run(config: ServiceConfig, console: Console, *, steps: int, stay: boo
 
 
 async def _stream(url: str, steps: int, display: Display) -> None:
-    client = await asyncio.to_thread(WebSocketClient, url)
+    client = await asyncio.to_thread(Client, url, retry_lost=False)
     try:
         for frame in range(steps):
             obs = scene.observation(frame)
@@ -164,8 +163,8 @@ def _config(planner_dir: Path, action_dir: Path, *, free_ports: bool) -> Service
     ports: dict[str, Any] = {}
     if free_ports:
         ports = {
-            "action_transport": ActionTransportConfig(websocket_port=0),
-            "planner_transport": PlannerTransportConfig(websocket_port=0),
+            "action_transport": ActionTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
+            "planner_transport": PlannerTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
             "admin": AdminConfig(port=0),
         }
     return ServiceConfig(

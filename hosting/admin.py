@@ -5,10 +5,10 @@ Every refusal is a 422 whose ``detail`` is plain text, one line per problem, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,6 +53,16 @@ class Health(BaseModel):
     slots: list[str] = Field(examples=[["action", "planner"]])
 
 
+class Readiness(BaseModel):
+    """What is served, and where."""
+
+    ready: bool = Field(description="Whether requests are taken; the status code is 503 where not.")
+    mode: str = Field(examples=["combined"])
+    slots: dict[str, str] = Field(description="`loading`, `ready` or `draining`.", examples=[{"action": "ready", "planner": "loading"}])
+    addresses: dict[str, str] = Field(examples=[{"action": "ws://127.0.0.1:8000"}])
+    quic_certificate_sha256: str | None = Field(description="What QUIC clients pin; null where QUIC is not served.")
+
+
 class PromptConfig(BaseModel):
     """The prompt settings in force."""
 
@@ -82,21 +92,27 @@ class Refusal(BaseModel):
     )
 
 
-def create_admin_app(settings: LiveSettings, *, mode: str, slots: Sequence[str], is_ready: Callable[[], bool], version: str) -> FastAPI:
+def create_admin_app(settings: LiveSettings, *, mode: str, slots: Sequence[str], status: Callable[[], Mapping[str, Any]], version: str) -> FastAPI:
     """The admin API as an ASGI application.
 
     Args:
         settings: the settings that ``PATCH /config`` edits.
         mode: ``combined``, ``action_only`` or ``planner_only``.
         slots: the slots that are configured.
-        is_ready: whether all of them are loaded and warmed up.
+        status: the fields of :class:`Readiness` at the time of the call.
         version: the version of Tandem, shown in the API's description.
     """
     app = FastAPI(title="Tandem admin", version=version, description=_DESCRIPTION, redoc_url=None)
 
     @app.get("/health", summary="Is it up, and with what")
     async def health() -> Health:
-        return Health(status="ok" if is_ready() else "starting", mode=mode, slots=list(slots))
+        return Health(status="ok" if status()["ready"] else "starting", mode=mode, slots=list(slots))
+
+    @app.get("/ready", summary="What is served, and whether it is ready", responses={503: {"model": Readiness}})
+    async def ready(response: Response) -> Readiness:
+        readiness = Readiness(**status())
+        response.status_code = 200 if readiness.ready else 503
+        return readiness
 
     @app.get("/config", summary="The prompt settings in force")
     async def get_config() -> PromptConfig:

@@ -36,7 +36,18 @@ SetOption = Annotated[
 
 
 # What the base install lacks; its absence is a matter of installation, not a bug.
-_SERVING_PACKAGES = {"fastapi", "filelock", "fsspec", "huggingface_hub", "ml_dtypes", "PIL", "sentencepiece", "starlette", "tensorstore", "uvicorn"}
+_SERVING_PACKAGES = {
+    "cryptography",
+    "fastapi",
+    "filelock",
+    "fsspec",
+    "huggingface_hub",
+    "ml_dtypes",
+    "sentencepiece",
+    "starlette",
+    "tensorstore",
+    "uvicorn",
+}
 _SLOT_PACKAGES = {"flax", "jax", "safetensors", "torch"}
 
 
@@ -184,23 +195,116 @@ def prepare_checkpoint(
     typer.echo(f"checkpoint ready: {result.directory}")
 
 
+ModeOption = Annotated[Literal["default", "subtask_only", "action_only"] | None, typer.Option(help="Request mode to send.", show_default=False)]
+EmbodimentOption = Annotated[
+    Literal["aloha", "droid", "libero"] | None,
+    typer.Option(help="Observation to send. Default: as the server's metadata ask.", show_default=False),
+]
+PromptOption = Annotated[str, typer.Option(help="Task to send.")]
+IterationsOption = Annotated[int, typer.Option(min=1, help="Timed calls, after one that is not timed.")]
+JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeyOption = Annotated[str | None, typer.Option(envvar="OPENPI_API_KEY", help="The server's API key.", show_default=False)]
+PinOption = Annotated[str | None, typer.Option(help="SHA-256 that the server's certificate must have, as its log shows it.", show_default=False)]
+CAOption = Annotated[str | None, typer.Option("--cafile", help="PEM of the authorities to trust instead of the system's.", show_default=False)]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Trust any certificate.")]
+JPEGOption = Annotated[bool, typer.Option("--jpeg", help="Send the cameras as JPEG (lossy).")]
+ConnectionsOption = Annotated[int, typer.Option(min=1, max=64, help="Spread a large request over so many connections (QUIC).")]
+
+
 @test_app.command("ws")
 def measure_websocket(
-    url: Annotated[str, typer.Argument(help="ws://host:port of a slot.")],
-    mode: Annotated[Literal["default", "subtask_only", "action_only"] | None, typer.Option(help="Request mode to send.", show_default=False)] = None,
-    embodiment: Annotated[
-        Literal["aloha", "droid", "libero"] | None,
-        typer.Option(help="Observation to send. Default: as the server's metadata ask.", show_default=False),
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="Task to send.")] = "pick up the red cup",
-    iterations: Annotated[int, typer.Option(min=1, help="Timed calls, after one that is not timed.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    target: Annotated[str, typer.Argument(help="ws://host:port or wss://… of a slot.")],
+    mode: ModeOption = None,
+    embodiment: EmbodimentOption = None,
+    prompt: PromptOption = "pick up the red cup",
+    iterations: IterationsOption = 5,
+    api_key: KeyOption = None,
+    pin: PinOption = None,
+    cafile: CAOption = None,
+    insecure: InsecureOption = False,
+    jpeg: JPEGOption = False,
+    as_json: JSONOption = False,
 ) -> None:
-    """Send random observations over WebSocket; print mean, min and max of client, server and policy time."""
+    """Time requests over WebSocket: mean, min and max of the whole call and of each of its parts."""
+    options = _client_options(api_key, pin, cafile, insecure, jpeg)
+    _measure(target if "://" in target else f"ws://{target}", mode, embodiment, prompt, iterations, as_json, options)
+
+
+@test_app.command("quic")
+def measure_quic(
+    target: Annotated[str, typer.Argument(help="quic://host:port of a slot; host alone is the action slot's 5555.")],
+    mode: ModeOption = None,
+    embodiment: EmbodimentOption = None,
+    prompt: PromptOption = "pick up the red cup",
+    iterations: IterationsOption = 5,
+    api_key: KeyOption = None,
+    pin: PinOption = None,
+    cafile: CAOption = None,
+    insecure: InsecureOption = False,
+    jpeg: JPEGOption = False,
+    connections: ConnectionsOption = 1,
+    as_json: JSONOption = False,
+) -> None:
+    """Time requests over QUIC: mean, min and max of the whole call and of each of its parts."""
+    options = _client_options(api_key, pin, cafile, insecure, jpeg, connections)
+    _measure(target if "://" in target else f"quic://{target}", mode, embodiment, prompt, iterations, as_json, options)
+
+
+@test_app.command("unix")
+def measure_unix(
+    target: Annotated[str, typer.Argument(help="Path of a slot's socket, or unix:///path.")] = "/tmp/openpi-action.sock",
+    mode: ModeOption = None,
+    embodiment: EmbodimentOption = None,
+    prompt: PromptOption = "pick up the red cup",
+    iterations: IterationsOption = 5,
+    jpeg: JPEGOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Time requests over a Unix socket: mean, min and max of the whole call and of each of its parts."""
+    url = target if "://" in target else f"unix://{Path(target).absolute()}"
+    _measure(url, mode, embodiment, prompt, iterations, as_json, _client_options(jpeg=jpeg))
+
+
+@app.command()
+def bench(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="TARGET...", help="ws://, wss://, quic:// or unix:// addresses; the first is the yardstick.")
+    ],
+    clients: Annotated[int, typer.Option(min=1, max=64, help="How many ask at once.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each target is asked.")] = 5.0,
+    mode: ModeOption = None,
+    embodiment: EmbodimentOption = None,
+    prompt: PromptOption = "pick up the red cup",
+    api_key: KeyOption = None,
+    pin: PinOption = None,
+    cafile: CAOption = None,
+    insecure: InsecureOption = False,
+    jpeg: JPEGOption = False,
+    connections: ConnectionsOption = 1,
+    as_json: JSONOption = False,
+) -> None:
+    """Compare servers or transports under load in one interleaved run: p50, p95, p99, requests per second, client CPU per request."""
+    from hosting.clients.bench import Load, render
+    from hosting.clients.bench import bench as run
+
+    load = Load(clients, seconds, mode=mode, embodiment=embodiment, prompt=prompt)
+    results = run(targets, load, _client_options(api_key, pin, cafile, insecure, jpeg, connections))
+    typer.echo(json.dumps(results, indent=2) if as_json else render(results, load))
+
+
+def _measure(url: str, mode: Any, embodiment: Any, prompt: str, iterations: int, as_json: bool, options: Any) -> None:
     from hosting.clients.measure import measure, render
 
-    report = measure(url, mode=mode, embodiment=embodiment, prompt=prompt, iterations=iterations)
+    report = measure(url, mode=mode, embodiment=embodiment, prompt=prompt, iterations=iterations, **options)
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+def _client_options(
+    api_key: str | None = None, pin: str | None = None, cafile: str | None = None, insecure: bool = False, jpeg: bool = False, connections: int = 1
+) -> Any:
+    """The options of a client, those that the command line left alone left out."""
+    options = {"api_key": api_key, "pin": pin, "cafile": cafile, "verify": False if insecure else None, "encode": "jpeg" if jpeg else None}
+    return {"connections": connections, **{name: value for name, value in options.items() if value is not None}}
 
 
 def _overrides(assignments: list[str] | None) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 from hosting.failures import client_text
 from hosting.policy import Observation, PlannerPolicy, Policy, Reply, RequestError, UnavailableError
-from hosting.routing import RequestMode, SlotCall, Steps, request_mode, run, without_mode
+from hosting.routing import ActionCalls, PlannerCalls, RequestMode, Steps, request_mode, run, without_mode
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, parse_action_prompt_template
 from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 
@@ -53,6 +52,8 @@ class CombinedPolicy:
     ) -> None:
         self.planner = planner
         self.action = action
+        self._plan = PlannerCalls(planner)
+        self._act = ActionCalls(action)
         self._template = parse_action_prompt_template(action_prompt_template)
         self._live = live
         self._on_failure = on_failure
@@ -76,7 +77,7 @@ class CombinedPolicy:
         mode = request_mode(obs, _SERVED)
         observation = without_mode(obs)
         if mode == "action_only":
-            return (yield self._act(observation, sampling))
+            return (yield self._act(observation, **sampling))
         task = prompt_text(obs, getattr(self.action, "default_prompt", None), remedy=SEND_OR_SET_DEFAULT)
         settings = self._live.current if self._live is not None else None
         overrides: dict[str, Any] = {}
@@ -87,7 +88,7 @@ class CombinedPolicy:
             }
         started_s = time.perf_counter()
         try:
-            planned = yield SlotCall("planner", partial(self.planner.infer, {**observation, "prompt": task}, **overrides))
+            planned = yield self._plan({**observation, "prompt": task}, **overrides)
             subtask: dict[str, Any] = dict(planned["subtask"])
         except (RequestError, UnavailableError):
             raise
@@ -101,8 +102,5 @@ class CombinedPolicy:
         if subtask["text"]:
             values = {"task": task, "subtask": subtask["text"]}
             prompt = settings.action_prompt(**values) if settings is not None else self._template.render(**values)
-        reply = yield self._act({**observation, "prompt": prompt}, sampling)
+        reply = yield self._act({**observation, "prompt": prompt}, **sampling)
         return {**reply, "subtask": subtask}
-
-    def _act(self, observation: Mapping[str, Any], sampling: Mapping[str, Any]) -> SlotCall:
-        return SlotCall("action", partial(self.action.infer, observation, **sampling))

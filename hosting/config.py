@@ -8,6 +8,7 @@ docs/configuration.md describes every field.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from hosting.config_problems import shown, unknown_field, validation_problems
 from hosting.config_sources import Layer, merge, read_environment, read_file, read_mapping
+from hosting.protocol.profiles import ProfileName, ReplyShape
 from hosting.templates import (
     DEFAULT_ACTION_PROMPT_TEMPLATE,
     LONE_SURROGATE,
@@ -35,6 +37,7 @@ DType = Literal["float32", "bfloat16"]
 OnLongPrompt = Literal["error", "truncate"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
+_SECRETS: Final = frozenset({"api_key"})
 DEFAULT_CONFIG_FILE: Final = Path("config.json")
 MIB: Final = 1 << 20
 
@@ -57,6 +60,18 @@ def _socket_path(text: str) -> str:
     return text
 
 
+def _file_mode(text: str) -> str:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise ValueError(f'expected a file mode of three octal digits such as "0600" or "660", got {shown(text)}')
+    return text
+
+
+def _resolution(text: str) -> str:
+    if not re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", text):
+        raise ValueError(f'expected height and width such as "180x320", got {shown(text)}')
+    return text
+
+
 def _template(parse: Callable[[str], Template]) -> AfterValidator:
     def check(text: str) -> str:
         try:
@@ -76,6 +91,8 @@ Port = Annotated[int, Field(strict=True, ge=0, le=65_535)]
 GenerationPromptFormat = Annotated[str, _template(parse_generation_prompt_format)]
 ActionPromptTemplate = Annotated[str, _template(parse_action_prompt_template)]
 MaxGenerationTokens = Annotated[int, Field(strict=True, ge=1, le=MAX_GENERATION_TOKENS)]
+Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class _Section(BaseModel):
@@ -129,19 +146,66 @@ class PlannerConfig(_Section):
 
 
 class ActionTransportConfig(_Section):
-    """Where the action slot listens. Port 0: any free port."""
+    """Where the action slot listens. Port 0: any free port; None: not at all."""
 
     websocket_port: Port = 8000
-    quic_port: Port = 5555
-    unix_socket_path: SocketPath = "/tmp/openpi-action.sock"
+    quic_port: Port | None = 5555
+    """UDP."""
+    unix_socket_path: SocketPath | None = "/tmp/openpi-action.sock"
 
 
 class PlannerTransportConfig(_Section):
-    """Where the planner slot listens. Port 0: any free port."""
+    """Where the planner slot listens. Port 0: any free port; None: not at all."""
 
     websocket_port: Port = 8002
-    quic_port: Port = 5556
-    unix_socket_path: SocketPath = "/tmp/openpi-planner.sock"
+    quic_port: Port | None = 5556
+    """UDP."""
+    unix_socket_path: SocketPath | None = "/tmp/openpi-planner.sock"
+
+
+class WebSocketConfig(_Section):
+    """How WebSocket connections are kept."""
+
+    ping_interval_s: Seconds | None = 20.0
+    """Seconds between the server's pings; None: it sends none."""
+    ping_timeout_s: Seconds | None = 20.0
+    """Seconds until a connection whose client answers no ping is closed; None: it never is."""
+    idle_timeout_s: Seconds | None = None
+    """Seconds without a request until a connection is closed; None: it never is."""
+    congestion_control: Text | None = "bbr"
+    """TCP congestion control of the server's side, where the kernel allows it; None: the kernel's own choice."""
+    profile: ProfileName = "openpi"
+    """Dialect of addresses that do not choose one with ``?profile=``."""
+    reply: ReplyShape | None = None
+    """Shape of their replies: a ``map``, the bare ``array`` of actions, or only the ``arrays``; None: the profile's."""
+
+
+class TLSConfig(_Section):
+    """PEM files; with them WebSockets are ``wss://``, and QUIC uses them instead of a certificate of its own."""
+
+    certificate: Text
+    """The certificate, any intermediate ones after it."""
+    private_key: Text
+
+
+class RoboArenaConfig(_Section):
+    """What RoboArena's clients are told of the robot (``?profile=roboarena``); None: as the policy's cameras say."""
+
+    image_resolution: Annotated[str, AfterValidator(_resolution)] | None = None
+    """Height and width, as ``180x320``."""
+    needs_wrist_camera: Flag | None = None
+    n_external_cameras: Annotated[int, Field(strict=True, ge=0, le=2)] | None = None
+    needs_stereo_camera: Flag | None = None
+    needs_session_id: Flag | None = None
+    action_space: Literal["joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity"] | None = None
+    """What the actions are. No checkpoint says it, so there is no default: without it the profile is refused."""
+
+    def handshake(self) -> dict[str, Any]:
+        """What is set, in the words of the handshake (reference/peers.md §1.10)."""
+        known = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        if self.image_resolution is not None:
+            known["image_resolution"] = [int(size) for size in self.image_resolution.split("x")]
+        return known
 
 
 class AdminConfig(_Section):
@@ -166,6 +230,15 @@ class ServiceConfig(BaseSettings):
     planner_transport: PlannerTransportConfig = PlannerTransportConfig()
     host: Text = "127.0.0.1"
     """Address that both slots' WebSocket and QUIC endpoints bind."""
+    api_key: Annotated[Text | None, Field(repr=False)] = None
+    """What clients over WebSocket and QUIC must send; None: they need not. The Unix sockets are guarded by their file mode."""
+    tls: TLSConfig | None = None
+    quic_certificate_dir: Text | None = None
+    """Where the certificate that QUIC makes for itself is kept; None: ``tls`` in ``$OPENPI_DATA_HOME``."""
+    unix_socket_mode: Annotated[str, AfterValidator(_file_mode)] = "0600"
+    """Octal file mode of the Unix sockets: who may connect."""
+    websocket: WebSocketConfig = WebSocketConfig()
+    roboarena: RoboArenaConfig = RoboArenaConfig()
     admin: AdminConfig = AdminConfig()
     max_message_bytes: Annotated[int, Field(strict=True, ge=MIB, le=(1 << 32) - 1)] = 128 * MIB
     """Longest message that a client may send, in bytes; at most what the transports' 32-bit length can say."""
@@ -212,13 +285,14 @@ class ServiceConfig(BaseSettings):
             tcp.append(("admin.port", self.admin.port))
         udp: list[tuple[str, object]] = [(f"{slot}_transport.quic_port", transport.quic_port) for slot, transport in transports]
         paths: list[tuple[str, object]] = [
-            (f"{slot}_transport.unix_socket_path", os.path.normpath(transport.unix_socket_path)) for slot, transport in transports
+            (f"{slot}_transport.unix_socket_path", transport.unix_socket_path and os.path.normpath(transport.unix_socket_path))
+            for slot, transport in transports
         ]
         problems: list[str] = []
         for endpoints, kind in ((tcp, "port"), (udp, "port"), (paths, "path")):
             owners: dict[object, str] = {}
             for field, value in endpoints:
-                if value != 0 and value in owners:
+                if value not in (0, None) and value in owners:
                     problems.append(f"{field}: {value} is also {owners[value]}; give one of them another {kind}")
                 owners.setdefault(value, field)
         return problems
@@ -285,8 +359,8 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 
 
 def describe(loaded: LoadedConfig) -> list[tuple[str, object, str]]:
-    """(dotted field, effective value, origin) of every field, in the order of the model."""
-    return [(field, value, loaded.origins[field]) for field, value in _leaves(loaded.config)]
+    """(dotted field, effective value, origin) of every field, in the order of the model; secrets are not shown."""
+    return [(field, "***" if field in _SECRETS and value else value, loaded.origins[field]) for field, value in _leaves(loaded.config)]
 
 
 def pytorch_compile_mode(environ: Mapping[str, str] = os.environ) -> CompileMode | Literal["unset"] | None:

@@ -97,16 +97,18 @@ def is_optional(field: FieldInfo) -> bool:
 def expectation(field: FieldInfo) -> str:
     """What ``field`` takes: ``an integer 1…1000``, ``one of "float32", "bfloat16" or null``."""
     kind, optional = _without_none(field.annotation)
-    lowest = next((item.ge for item in field.metadata if hasattr(item, "ge")), None)
-    highest = next((item.le for item in field.metadata if hasattr(item, "le")), None)
+    bounds = {name: getattr(item, name) for item in _constraints(field) for name in ("ge", "le", "gt") if hasattr(item, name)}
+    lowest, highest = bounds.get("ge"), bounds.get("le")
     if section := section_of(field):
         text = f"an object with the fields {', '.join(section.model_fields)}"
     elif get_origin(kind) is Literal:
         text = f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
     else:
-        text = {int: "an integer", float: "a number", str: "a string"}[kind]
+        text = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[kind]
     if lowest is not None:
         text += f" {lowest}…{highest}" if highest is not None else f" of at least {lowest}"
+    if "gt" in bounds:
+        text += f" above {bounds['gt']}"
     return f"{text} or null" if optional else text
 
 
@@ -132,6 +134,15 @@ def shown(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _constraints(field: FieldInfo) -> list[Any]:
+    """The constraints on ``field``, also where it may be null instead."""
+    found = list(field.metadata)
+    for choice in get_args(field.annotation):
+        for item in getattr(choice, "__metadata__", ()):
+            found += item.metadata if isinstance(item, FieldInfo) else [item]
+    return found
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from hosting import __version__
-from hosting.policy import DrainingError, Observation, Reply
-from hosting.routing import Route, Slot, run_on
+from hosting.policy import DrainingError, MessageError, Observation, Reply
+from hosting.protocol import jpeg
+from hosting.protocol.requests import InferRequest
+from hosting.routing import Route, Slot, run_on, run_together_on
 from hosting.scheduler import SlotWorker
 
 SERVER_NAME = "tandem"
+
+_DECODERS = 2
+"""Threads that decode JPEG images."""
+
+_DEFAULT_MAX_IMAGE_BYTES = 128 << 20
 
 
 class Endpoint:
@@ -23,11 +33,15 @@ class Endpoint:
     Args:
         slot: which slot answers here.
         workers: the threads of all slots that a route of this endpoint may visit.
+        max_image_bytes: how much the JPEG images of one request may decode to.
     """
 
-    def __init__(self, slot: Slot, workers: Mapping[Slot, SlotWorker]) -> None:
+    def __init__(self, slot: Slot, workers: Mapping[Slot, SlotWorker], *, max_image_bytes: int = _DEFAULT_MAX_IMAGE_BYTES) -> None:
         self.slot: Slot = slot
         self._workers = workers
+        self._max_image_bytes = max_image_bytes
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix=f"{slot}-jpeg")  # starts no thread before the first image
+        self._channels_first: frozenset[jpeg.Path] = frozenset()
         self._route: Route | None = None
         self._metadata: dict[str, Any] = {}
         self._opened = asyncio.Event()
@@ -50,31 +64,55 @@ class Endpoint:
         """The slot is warm: let the waiting clients in."""
         self._route = route
         self._metadata = {**metadata, "server_name": SERVER_NAME, "server_version": __version__, "slot": self.slot}
+        self._channels_first = jpeg.channels_first(metadata.get("image_specs", []))
         self._opened.set()
 
     async def opened(self) -> None:
         """Returns when the slot is ready, or never will be because the endpoint was closed."""
         await self._opened.wait()
 
-    async def infer(self, obs: Observation) -> tuple[Reply, float]:
-        """One observation → its reply and the time it took in ms, the wait for the slot's thread included.
+    async def serve(self, request: InferRequest, arrived_s: float) -> tuple[Reply, float]:
+        """One request → its reply and the time it took in ms, the wait for the slot's thread included.
+
+        A batched request's reply has a leading axis in every array, ``policy_timing`` once, and lists of everything else.
+
+        Args:
+            arrived_s: when it came, as :func:`time.perf_counter`; its deadline runs from there.
 
         Raises:
             DrainingError: the server is shutting down.
+            DeadlineError: the deadline passed before the slot's turn came.
             Exception: whatever the route raises.
         """
+        if not self._opened.is_set():
+            await self.opened()
         if self.draining or self._route is None:
             raise DrainingError(f"the server is shutting down; the {self.slot} endpoint takes no new requests")
         self._in_flight += 1
         self._idle.clear()
         started_s = time.perf_counter()
+        deadlines_ms = [row.deadline_ms for row in request.rows if row.deadline_ms is not None]
+        deadline_s = arrived_s + min(deadlines_ms) / 1e3 if deadlines_ms else None
         try:
-            reply = await run_on(self._workers, self._route(obs))
+            routes = []
+            for row in request.rows:
+                paths = jpeg.jpeg_paths(row.observation)
+                obs = await self._with_images(row.observation, paths) if paths else row.observation
+                routes.append(self._route(obs, seed=row.seed))
+            if request.batched:
+                reply = _stacked(await run_together_on(self._workers, routes, deadline_s=deadline_s))
+            else:
+                reply = await run_on(self._workers, routes[0], deadline_s=deadline_s)
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
         return reply, (time.perf_counter() - started_s) * 1e3
+
+    async def _with_images(self, obs: dict[str, Any], paths: Sequence[jpeg.Path]) -> Observation:
+        """``obs`` with its JPEG images decoded, on a thread of their own."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, lambda: jpeg.decoded(obs, paths, chw=self._channels_first, max_bytes=self._max_image_bytes))
 
     def close(self) -> None:
         """Take nothing new, and let those go who still wait for the slot."""
@@ -85,3 +123,22 @@ class Endpoint:
         """Close; returns when what was accepted is done."""
         self.close()
         await self._idle.wait()
+        self._decoders.shutdown(wait=False)
+
+
+def _stacked(replies: Sequence[Reply]) -> Reply:
+    """Replies of one batch as one.
+
+    Raises:
+        MessageError: they do not have the same arrays, because their requests had different modes.
+    """
+    stacked: Reply = {}
+    for key, value in {key: value for reply in reversed(replies) for key, value in reply.items()}.items():
+        rows = [reply.get(key) for reply in replies]
+        if isinstance(value, np.ndarray):
+            if absent := [index for index, row in enumerate(rows) if row is None]:
+                raise MessageError(f"batch[{absent[0]}]: its reply has no {key}, as others of the batch do; send one mode per batch")
+            stacked[key] = np.stack(rows)  # type: ignore[arg-type]
+        else:
+            stacked[key] = value if key == "policy_timing" else rows
+    return stacked

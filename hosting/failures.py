@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
+from dataclasses import dataclass
 
 from hosting.policy import RequestError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 _MAX_CHARS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed request as its client sees it.
+
+    Attributes:
+        code: the kind of failure: the error's class in lower case without ``Error`` (``observation``, ``prompt_too_long``, ``overloaded``,
+            ``deadline``, …), or ``internal``.
+        text: one line for people.
+    """
+
+    code: str
+    text: str
+
+
+def failure(error: BaseException, *, slot: str) -> Failure:
+    """What the client is told of ``error``; logs it."""
+    passing = isinstance(error, RequestError | UnavailableError)
+    code = re.sub("(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower() if passing else "internal"
+    return Failure(code, client_text(error, slot=slot))
 
 
 def client_text(error: BaseException, *, slot: str) -> str:

@@ -12,12 +12,13 @@ A policy maps one observation to one reply, both plain maps of strings to arrays
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from pi0.errors import (
     CheckpointError,
     ConfigError,
+    DeadlineError,
     DownloadError,
     DrainingError,
     MessageError,
@@ -29,12 +30,16 @@ from pi0.errors import (
     PromptTooLongError,
     RequestError,
     TandemError,
+    UnauthorizedError,
     UnavailableError,
 )
 
 __all__ = [
+    "BatchPlannerPolicy",
+    "BatchPolicy",
     "CheckpointError",
     "ConfigError",
+    "DeadlineError",
     "DownloadError",
     "DrainingError",
     "MessageError",
@@ -50,6 +55,7 @@ __all__ = [
     "Reply",
     "RequestError",
     "TandemError",
+    "UnauthorizedError",
     "UnavailableError",
 ]
 
@@ -68,7 +74,19 @@ class Policy(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...
 
     def infer(self, obs: Observation, /) -> Reply:
-        """One observation → one reply; every array in it has the action horizon as its first axis."""
+        """One observation → one reply; every array in it has the action horizon as its first axis.
+
+        A policy that draws random numbers takes ``seed: int`` by keyword as well.
+        """
+        ...
+
+
+@runtime_checkable
+class BatchPolicy(Policy, Protocol):
+    """A policy that serves several observations in one model call."""
+
+    def infer_batch(self, observations: Sequence[Observation], /, *, seeds: Sequence[int | None] | None = None) -> list[Reply]:
+        """What :meth:`infer` gives for each; ``seeds`` one per observation, None for fresh noise."""
         ...
 
 
@@ -81,4 +99,15 @@ class PlannerPolicy(Protocol):
 
     def infer(self, obs: Observation, /, *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None) -> Reply:
         """One observation → ``{"subtask": {"text": str, "ms": float, …}}``; None keeps the value the planner was loaded with."""
+        ...
+
+
+@runtime_checkable
+class BatchPlannerPolicy(PlannerPolicy, Protocol):
+    """A planner that serves several observations in one model call."""
+
+    def infer_batch(
+        self, observations: Sequence[Observation], /, *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None
+    ) -> list[Reply]:
+        """What :meth:`infer` gives for each."""
         ...

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import uvicorn
-from starlette.types import ASGIApp
-
 from hosting import __version__
 from hosting.admin import create_admin_app
+from hosting.certificates import Certificate, load_certificate, local_certificate
 from hosting.combined import CombinedPolicy
 from hosting.config import ServiceConfig, pytorch_compile_mode
+from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
-from hosting.policy import ConfigError, PlannerPolicy, Policy
-from hosting.routing import Slot, action_route, planner_route
+from hosting.listeners import HTTPListener, Listener, address_url
+from hosting.policy import PlannerPolicy, Policy
+from hosting.protocol.connection import Connection
+from hosting.protocol.profiles import Profile
+from hosting.routing import Route, Slot, action_route, planner_route
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings, PromptSettings
-from hosting.transports.bulk_websocket import BulkWebSocketProtocol
+from hosting.transports.quic import QuicTransport
+from hosting.transports.unix_socket import UnixSocketTransport
 from hosting.transports.websocket import WebSocketTransport
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PING_S = 20.0
-"""Interval and timeout of the server's own pings, as openpi's server has them."""
+_TYPED = Profile("openpi", errors="map")
+"""How clients of the Unix sockets and QUIC are answered."""
 
 
 @runtime_checkable
@@ -69,10 +72,11 @@ class Service:
         self._stop = asyncio.Event()
         self.ready = asyncio.Event()
         self.addresses: dict[str, str] = {}
-        """Endpoint → URL, once bound: ``action``, ``planner``, ``admin``."""
+        """Endpoint → URL, once bound: ``action``, ``action quic``, ``action unix``, the same of ``planner``, ``admin``."""
         self._workers: dict[Slot, SlotWorker] = {slot: SlotWorker(slot) for slot in config.slots}
-        self._endpoints = {slot: Endpoint(slot, self._workers) for slot in config.slots}
-        self._transports = {slot: WebSocketTransport(endpoint) for slot, endpoint in self._endpoints.items()}
+        self._endpoints = {slot: Endpoint(slot, self._workers, max_image_bytes=config.max_message_bytes) for slot in config.slots}
+        self._listeners: dict[str, Listener] = {}
+        self._certificate: Certificate | None = None
         self._live = LiveSettings(_prompt_settings(config))
 
     async def serve(self) -> int:
@@ -86,11 +90,17 @@ class Service:
         with contextlib.ExitStack() as stack:
             if self._handle_signals:
                 stack.enter_context(self._signals())
-            servers = self._bind()
-            tasks = [asyncio.create_task(server.serve(sockets=[bound])) for server, bound in servers]
             try:
+                self._bind()
+                for listener in self._listeners.values():
+                    starting = listener.start()
+                    if starting is not None:
+                        await starting
                 await self._until_stopped(self._load())
                 if not self._stop.is_set():
+                    # What is loaded by now stays; the garbage collector need not look at it again while robots wait.
+                    gc.collect()
+                    gc.freeze()
                     logger.info("%s (after %.1f s)", self.ready_line(), time.perf_counter() - started_s)
                     self.ready.set()
                     await self._stop.wait()
@@ -98,11 +108,14 @@ class Service:
             finally:
                 for endpoint in self._endpoints.values():
                     endpoint.close()
-                for server, _ in servers:
-                    server.should_exit = True
-                await asyncio.gather(*tasks)
+                await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
                 for worker in self._workers.values():
                     worker.close()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it has been told to stop."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """Begin to drain; a second call ends the process at once, whatever is in flight."""
@@ -117,30 +130,74 @@ class Service:
         where = ", ".join(f"{name} {url}" for name, url in self.addresses.items())
         return f"Service ready (mode={self.config.mode}, slots={list(self.config.slots)}): {where}"
 
-    def _is_ready(self) -> bool:
-        return self.ready.is_set() and not self._stop.is_set()
+    def status(self) -> dict[str, Any]:
+        """What is served, where, and whether it is ready; for people and probes."""
+        slots = {slot: "ready" if endpoint.ready else "draining" if endpoint.draining else "loading" for slot, endpoint in self._endpoints.items()}
+        return {
+            "ready": self.ready.is_set() and not self._stop.is_set(),
+            "mode": self.config.mode,
+            "slots": slots,
+            "addresses": dict(self.addresses),
+            "quic_certificate_sha256": self._certificate and self._certificate.sha256,
+        }
 
-    def _bind(self) -> list[tuple[uvicorn.Server, socket.socket]]:
-        """Bind every port before anything is loaded, so that early clients wait instead of being refused."""
+    def _bind(self) -> None:
+        """Take every address before anything is loaded, so that early clients wait instead of being refused."""
         config = self.config
-        apps: list[tuple[str, str, str, int, ASGIApp]] = []
         for slot in config.slots:
-            port = (config.action_transport if slot == "action" else config.planner_transport).websocket_port
-            apps.append((slot, f"{slot}_transport.websocket_port", config.host, port, self._transports[slot].app))
+            transport = config.action_transport if slot == "action" else config.planner_transport
+            field = f"{slot}_transport"
+            websocket = WebSocketTransport(
+                self._endpoints[slot],
+                api_key=config.api_key,
+                profile=config.websocket.profile,
+                reply=config.websocket.reply,
+                idle_timeout_s=config.websocket.idle_timeout_s,
+                status=self.status,
+            )
+            http = HTTPListener(
+                f"{field}.websocket_port", config.host, transport.websocket_port, websocket.app, config, websocket=websocket, tls=True
+            )
+            self._listen(slot, http)
+            self.addresses[slot] = http.url
+            if transport.quic_port is not None:
+                quic = self._quic(slot, f"{field}.quic_port", transport.quic_port)
+                self._listen(f"{slot} quic", quic)
+                self.addresses[f"{slot} quic"] = address_url("quic", quic.address)
+            if transport.unix_socket_path is not None:
+                path = Path(transport.unix_socket_path).absolute()
+                self._listen(f"{slot} unix", self._unix(slot, path))
+                self.addresses[f"{slot} unix"] = f"unix://{path}"
         if config.planner:
-            app = create_admin_app(self._live, mode=config.mode, slots=config.slots, is_ready=self._is_ready, version=__version__)
-            apps.append(("admin", "admin.port", config.admin.host, config.admin.port, app))
-        servers: list[tuple[uvicorn.Server, socket.socket]] = []
-        try:
-            for name, field, host, port, asgi in apps:
-                bound = _bound(field, host, port)
-                self.addresses[name] = _url("http" if name == "admin" else "ws", bound)
-                servers.append((_Server(_server_config(asgi, config.max_message_bytes)), bound))
-        except ConfigError:
-            for _, bound in servers:
-                bound.close()
-            raise
-        return servers
+            app = create_admin_app(self._live, mode=config.mode, slots=config.slots, status=self.status, version=__version__)
+            admin = HTTPListener("admin.port", config.admin.host, config.admin.port, app, config)
+            self._listen("admin", admin)
+            self.addresses["admin"] = admin.url
+
+    def _listen(self, name: str, listener: Listener) -> None:
+        self._listeners[name] = listener
+        listener.bind()
+
+    def _converse(self, slot: Slot, api_key: str | None) -> Conversation:
+        return Conversation(self._endpoints[slot], Connection(_TYPED, api_key=api_key))
+
+    def _unix(self, slot: Slot, path: Path) -> UnixSocketTransport:
+        converse = partial(self._converse, slot, None)
+        return UnixSocketTransport(path, converse, max_message_bytes=self.config.max_message_bytes, mode=int(self.config.unix_socket_mode, 8))
+
+    def _quic(self, slot: Slot, field: str, port: int) -> QuicTransport:
+        config = self.config
+        if self._certificate is None:
+            self._certificate = _certificate(config)
+        return QuicTransport(
+            config.host,
+            port,
+            partial(self._converse, slot, config.api_key),
+            certificate=self._certificate,
+            max_message_bytes=config.max_message_bytes,
+            loop=asyncio.get_running_loop(),
+            field=field,
+        )
 
     async def _load(self) -> None:
         """Load and warm up the slots side by side, then open their endpoints together."""
@@ -154,14 +211,23 @@ class Service:
         planner: PlannerPolicy | None = loaded.get("planner")
         if action is not None and planner is not None and self.config.planner is not None:
             combined = CombinedPolicy(planner, action, live=self._live, on_failure=self.config.planner.on_failure)
-            self._endpoints["action"].open(combined.steps, combined.metadata)
+            self._open("action", combined.steps, combined.metadata)
             # A planner client sends the same cameras; it resizes them by the same list.
             shared = {key: value for key, value in action.metadata.items() if key == "image_specs"}
-            self._endpoints["planner"].open(planner_route(planner, self._live), {**planner.metadata, **shared})
+            self._open("planner", planner_route(planner, self._live), {**planner.metadata, **shared})
         elif action is not None:
-            self._endpoints["action"].open(action_route(action), action.metadata)
+            self._open("action", action_route(action), action.metadata)
         elif planner is not None:
-            self._endpoints["planner"].open(planner_route(planner, self._live), planner.metadata)
+            self._open("planner", planner_route(planner, self._live), planner.metadata)
+
+    def _open(self, slot: Slot, route: Route, metadata: Mapping[str, Any]) -> None:
+        """Let the clients of ``slot`` in, and tell them what the policy and the configuration say."""
+        http = self._listeners[slot]
+        assert isinstance(http, HTTPListener)
+        told: dict[str, Any] = {**metadata, "roboarena": self.config.roboarena.handshake()}
+        if http.congestion_control is not None:
+            told["tcp_congestion_control"] = http.congestion_control
+        self._endpoints[slot].open(route, told)
 
     async def _until_stopped(self, work: Awaitable[None]) -> None:
         """``work``, or leave at once when the service is stopped before it is done: a thread that loads a model cannot be interrupted."""
@@ -180,8 +246,8 @@ class Service:
         """Finish what was accepted, then close every connection."""
         draining = [asyncio.create_task(endpoint.drain()) for endpoint in self._endpoints.values()]
         await asyncio.sleep(0)  # let them refuse new requests before idle connections are closed
-        for transport in self._transports.values():
-            await transport.close_idle()
+        for listener in self._listeners.values():
+            await listener.close_idle()
         _, unfinished = await asyncio.wait(draining, timeout=self.config.drain_s)
         for task in unfinished:
             task.cancel()
@@ -203,14 +269,6 @@ class Service:
         finally:
             for number in handled:
                 loop.remove_signal_handler(number)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without signal handling: the service decides when its servers end."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def load_action(config: ServiceConfig) -> Policy:
@@ -289,40 +347,15 @@ def _prompt_settings(config: ServiceConfig) -> PromptSettings:
     )
 
 
-def _server_config(app: ASGIApp, max_message_bytes: int) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        ws=BulkWebSocketProtocol,
-        ws_max_size=max_message_bytes,
-        ws_per_message_deflate=False,
-        ws_ping_interval=_PING_S,
-        ws_ping_timeout=_PING_S,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+def _certificate(config: ServiceConfig) -> Certificate:
+    """QUIC cannot do without one."""
+    if config.tls is not None:
+        fields = {"cert_field": "tls.certificate", "key_field": "tls.private_key"}
+        return load_certificate(Path(config.tls.certificate), Path(config.tls.private_key), **fields)
+    from pi0.locations import default_data_home
 
-
-def _bound(field: str, host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
-
-    Raises:
-        ConfigError: the address cannot be bound; names ``field``.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, TypeError, UnicodeError) as error:  # the latter two for a name that no host can have
-        # The errno of a failed look-up is not one that os.strerror() knows; what create_server() adds is said here already.
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
-        raise ConfigError(f"{field}: cannot listen on {host} port {port} ({reason}); stop what uses it, or choose another port or host") from error
-
-
-def _url(scheme: str, bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    directory = Path(config.quic_certificate_dir) if config.quic_certificate_dir else default_data_home() / "tls"
+    return local_certificate(directory, field="quic_certificate_dir")
 
 
 def _exit_now(code: int) -> None:

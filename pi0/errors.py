@@ -12,11 +12,13 @@ It lives here because ``pi0`` is the one package every other may import.
     │   ├── MessageError        the bytes are not a request: not msgpack, not a map, too large, forbidden dtype
     │   ├── ObservationError    a key is missing or unknown, or its shape, dtype or value is wrong
     │   │   └── PromptTooLongError   the prompt has more tokens than the model takes
-    │   └── ModeError           ``mode`` is not one of the request modes
+    │   ├── ModeError           ``mode`` is not one of the request modes
+    │   └── UnauthorizedError   the API key is missing or wrong
     ├── PolicyError             a loaded model failed on a request that looked fine
     │   └── PlannerError        the planner did
     └── UnavailableError        nothing is wrong with the request, but it cannot be served now
         ├── OverloadedError     the slot's queue is full
+        ├── DeadlineError       its deadline passed before its turn came
         └── DrainingError       the server is shutting down
 
 Messages name the key, what came and what was expected, and, where it is not obvious, what to do.
@@ -59,6 +61,10 @@ class ModeError(RequestError):
     """The request's ``mode`` is not one of ``default``, ``subtask_only``, ``action_only``."""
 
 
+class UnauthorizedError(RequestError):
+    """The request's API key is missing or wrong."""
+
+
 class PolicyError(TandemError):
     """A loaded model failed on a request that passed validation."""
 
@@ -73,6 +79,10 @@ class UnavailableError(TandemError):
 
 class OverloadedError(UnavailableError):
     """The slot's queue is full."""
+
+
+class DeadlineError(UnavailableError):
+    """The request's deadline passed before its turn came; nothing was computed."""
 
 
 class DrainingError(UnavailableError):

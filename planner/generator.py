@@ -188,20 +188,26 @@ class SubtaskGenerator:
         ]
 
     def infer(
-        self, obs: Mapping[str, Any], *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None
+        self, obs: Mapping[str, Any], /, *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None
     ) -> dict[str, Any]:
         """``{"subtask": {text, ms, decode_steps, logprob}}`` for a raw client observation; plus ``prompt_truncated`` when it was.
 
         Raises:
             ObservationError: ``prompt`` is missing or not text; and as :meth:`generate_batch`.
         """
-        subtask = self.generate(
-            prompt_text(obs), camera_images(obs), generation_prompt_format=generation_prompt_format, max_generation_tokens=max_generation_tokens
+        return self.infer_batch([obs], generation_prompt_format=generation_prompt_format, max_generation_tokens=max_generation_tokens)[0]
+
+    def infer_batch(
+        self, observations: Sequence[Mapping[str, Any]], /, *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None
+    ) -> list[dict[str, Any]]:
+        """What :meth:`infer` gives for each observation; ``ms`` is the time of all of them. One bad observation fails the call."""
+        subtasks = self.generate_batch(
+            [prompt_text(obs) for obs in observations],
+            [camera_images(obs) for obs in observations],
+            generation_prompt_format=generation_prompt_format,
+            max_generation_tokens=max_generation_tokens,
         )
-        reply: dict[str, Any] = {"text": subtask.text, "ms": subtask.ms, "decode_steps": subtask.decode_steps, "logprob": subtask.logprob}
-        if subtask.prompt_truncated:
-            reply["prompt_truncated"] = True
-        return {"subtask": reply}
+        return [_reply(subtask) for subtask in subtasks]
 
     def _decode(
         self, prompts: Sequence[TokenizedPrompt], cameras: Sequence[Sequence[NDArray[np.float32]]], max_tokens: int
@@ -215,6 +221,13 @@ class SubtaskGenerator:
             (tuple(int(token) for token in decoded.tokens[row, : steps + 1]), float(decoded.logprob[row]), steps)
             for row, steps in enumerate(int(count) for count in decoded.decode_steps[: len(prompts)])
         ]
+
+
+def _reply(subtask: Subtask) -> dict[str, Any]:
+    reply: dict[str, Any] = {"text": subtask.text, "ms": subtask.ms, "decode_steps": subtask.decode_steps, "logprob": subtask.logprob}
+    if subtask.prompt_truncated:
+        reply["prompt_truncated"] = True
+    return {"subtask": reply}
 
 
 def pack(prompts: Sequence[TokenizedPrompt], cameras: Sequence[Sequence[NDArray[np.float32]]]) -> Prefix:

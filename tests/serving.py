@@ -46,11 +46,11 @@ class EchoPlanner:
 
 
 def service_config(*slots: str, **fields: Any) -> ServiceConfig:
-    """Both slots (or the named ones) on free ports."""
+    """Both slots (or the named ones) on free ports; WebSocket only."""
     slots = slots or ("action", "planner")
     values: dict[str, Any] = {
-        "action_transport": ActionTransportConfig(websocket_port=0),
-        "planner_transport": PlannerTransportConfig(websocket_port=0),
+        "action_transport": ActionTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
+        "planner_transport": PlannerTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
         "admin": AdminConfig(port=0),
     }
     if "action" in slots:

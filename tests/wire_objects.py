@@ -1,6 +1,7 @@
-"""Rebuilds the objects that tests/golden/wire/wire.json describes."""
+"""Rebuilds the objects that tests/golden/wire/wire.json describes, and compares what came over a wire with what was sent."""
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
@@ -48,3 +49,18 @@ def _array(spec: dict[str, Any]) -> np.ndarray:
         case "transposed_view":
             return np.ascontiguousarray(array.T).T
     raise ValueError(f"unknown layout {spec['layout']}")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in value and in kind; sequences come back as lists."""
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, np.generic) and not isinstance(a, float | str | bytes):
+        return type(a) is type(b) and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and math.isnan(a):
+        return math.isnan(b)
+    return a == b and isinstance(b, type(a).__mro__[-2] if isinstance(a, np.generic) else type(a))

@@ -1,16 +1,17 @@
-"""``tandem test``: how long requests take, seen from the client, the server and the policy."""
+"""``tandem test``: how long requests take, over any transport, seen from the client, the server and the policy."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import numpy as np
-from websockets.exceptions import WebSocketException
 
+from hosting.clients.client import Client, ClientOptions, connect
+from hosting.clients.errors import ConnectError, ConnectionLostError
 from hosting.clients.examples import EMBODIMENTS, Embodiment, embodiment_of, example_observation
-from hosting.clients.websocket import WebSocketClient
-from hosting.policy import TandemError
+from pi0.errors import TandemError
 
 
 class TestError(TandemError):
@@ -19,28 +20,28 @@ class TestError(TandemError):
     __test__ = False  # not a test class for pytest
 
 
-def measure(url: str, *, mode: str | None, embodiment: Embodiment | None, prompt: str, iterations: int) -> dict[str, Any]:
+def measure(
+    url: str, *, mode: str | None, embodiment: Embodiment | None, prompt: str, iterations: int, **options: Unpack[ClientOptions]
+) -> dict[str, Any]:
     """One call to warm up and ``iterations`` timed ones, each with fresh random images.
 
+    Args:
+        options: of the :class:`~hosting.clients.client.Client`.
+
     Returns:
-        ``{"url", "embodiment", "mode", "metadata", "reply", "ms": {"client" | "server" | "policy" | "planner": {"mean", "min", "max"}}}``;
-        a time that the server does not report is absent.
+        ``{"url", "embodiment", "mode", "metadata", "reply", "ms": {row: {"mean", "min", "max"}}}`` with the rows ``client`` (the whole call),
+        ``network`` (what of it passed outside the server: the wire, packing and unpacking), ``server``, ``overhead`` (what of that
+        passed outside the models: waiting for its turn, mostly), ``policy`` and ``planner``; without those that the server does not report.
 
     Raises:
         TestError: the server cannot be reached, goes away, or its embodiment cannot be told.
         InferenceError: it refuses the observation.
     """
-    try:
-        client = WebSocketClient(url)
-    except (OSError, ValueError, WebSocketException) as error:
-        raise TestError(f"cannot connect to {url}: {_one_line(error)}; is the server running, and is this its WebSocket port?") from error
-    with client:
+    with reach(url, **options) as client:
         metadata = client.get_server_metadata()
-        chosen = embodiment or embodiment_of(metadata)
-        if chosen is None:
-            raise TestError(f"the server at {url} names no known cameras; say which observation to send with --embodiment {'|'.join(EMBODIMENTS)}")
+        chosen = embodiment or known_embodiment(client)
         rng = np.random.default_rng(0)
-        times: dict[str, list[float]] = {"client": [], "server": [], "policy": [], "planner": []}
+        times: dict[str, list[float]] = {name: [] for name in ("client", "network", "server", "overhead", "policy", "planner")}
         reply: dict[str, Any] = {}
         for i in range(iterations + 1):
             obs = example_observation(chosen, rng, prompt=prompt)
@@ -49,15 +50,12 @@ def measure(url: str, *, mode: str | None, embodiment: Embodiment | None, prompt
             started_s = time.perf_counter()
             try:
                 reply = client.infer(obs)
-            except (OSError, WebSocketException) as error:
-                raise TestError(f"the connection to {url} broke during call {i + 1}: {_one_line(error)}; see the server's log") from error
+            except (ConnectError, ConnectionLostError) as error:
+                raise TestError(f"call {i + 1}: {error}; see the server's log") from error
             elapsed_ms = (time.perf_counter() - started_s) * 1e3
-            if i == 0:
-                continue
-            times["client"].append(elapsed_ms)
-            for name, key, field in (("server", "server_timing", "infer_ms"), ("policy", "policy_timing", "infer_ms"), ("planner", "subtask", "ms")):
-                if key in reply:
-                    times[name].append(float(reply[key][field]))
+            if i:
+                for name, ms in _split(elapsed_ms, reply).items():
+                    times[name].append(ms)
     return {
         "url": url,
         "embodiment": chosen,
@@ -68,6 +66,49 @@ def measure(url: str, *, mode: str | None, embodiment: Embodiment | None, prompt
     }
 
 
+def reach(url: str, **options: Unpack[ClientOptions]) -> Client:
+    """A client of the server at ``url`` that repeats nothing by itself.
+
+    Raises:
+        TestError: it cannot be reached.
+    """
+    try:
+        once: ClientOptions = {**options, "retry_lost": False}
+        return connect(url, **once)
+    except ConnectError as error:
+        port = "WebSocket port" if url.startswith("ws") else "address"
+        raise TestError(f"{error}; is the server running, and is this its {port}?") from error
+
+
+def known_embodiment(client: Client) -> Embodiment:
+    """The embodiment whose cameras the server asks for.
+
+    Raises:
+        TestError: it asks for none that is known.
+    """
+    chosen = embodiment_of(client.get_server_metadata())
+    if chosen is None:
+        raise TestError(
+            f"the server at {client.address} names no known cameras; say which observation to send with --embodiment {'|'.join(EMBODIMENTS)}"
+        )
+    return chosen
+
+
+def _split(client_ms: float, reply: Mapping[str, Any]) -> dict[str, float]:
+    """Where the time of one call went, as far as the reply says."""
+    reported = {
+        name: float(reply[key][field])
+        for name, key, field in (("server", "server_timing", "infer_ms"), ("policy", "policy_timing", "infer_ms"), ("planner", "subtask", "ms"))
+        if key in reply
+    }
+    ms = {"client": client_ms, **reported}
+    if "server" in reported:
+        ms["network"] = client_ms - reported["server"]
+        if len(reported) > 1:
+            ms["overhead"] = 2 * reported["server"] - sum(reported.values())
+    return ms
+
+
 def render(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"{report['url']}  mode {report['mode']}, {report['embodiment']} observations"]
@@ -75,10 +116,6 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"subtask: {report['reply']['subtask']['text']!r}")
     if "actions" in report["reply"]:
         lines.append(f"actions: {report['reply']['actions']}")
-    lines.append(f"{'ms':8}{'mean':>10}{'min':>10}{'max':>10}")
-    lines += [f"{name:8}{ms['mean']:10.2f}{ms['min']:10.2f}{ms['max']:10.2f}" for name, ms in report["ms"].items()]
+    lines.append(f"{'ms':9}{'mean':>10}{'min':>10}{'max':>10}")
+    lines += [f"{name:9}{ms['mean']:10.2f}{ms['min']:10.2f}{ms['max']:10.2f}" for name, ms in report["ms"].items()]
     return "\n".join(lines)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

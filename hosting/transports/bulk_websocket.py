@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
+from websockets.protocol import State
 
 _READ_BYTES = 16 * 1024
 """What is read at once while nothing large is expected."""
@@ -93,6 +94,21 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             return await super().receive()
         finally:
             self._app_waits = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "websocket.send" and message.get("bytes") is not None and self._open_for_replies():
+            # What the parent would send, without its frame objects and copies.
+            payload = message["bytes"]
+            self.transport.writelines((_frame_header(len(payload)), payload))
+            return
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            # The app refused the upgrade with an answer of its own; the parent would report that as an app that gave none.
+            self.handshake_complete = True
+
+    def _open_for_replies(self) -> bool:
+        ready = self.handshake_complete and self.initial_response is None and self.writable.is_set()
+        return ready and not (self.disconnected or self.close_sent) and self.conn.state is State.OPEN
 
     def send_receive_event_to_app(self) -> None:
         super().send_receive_event_to_app()
@@ -183,6 +199,15 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.queue.put_nowait({"type": "websocket.receive", "bytes": cast(bytes, bulk.unmasked())})
         else:
             self.handle_bytes(Frame(Opcode.BINARY, bulk.unmasked()))
+
+
+def _frame_header(length: int) -> bytes:
+    """Of an unfragmented binary frame, unmasked as all of a server's are."""
+    if length < 126:
+        return bytes((_WHOLE_BINARY, length))
+    if length < 1 << 16:
+        return bytes((_WHOLE_BINARY, 126)) + length.to_bytes(2, "big")
+    return bytes((_WHOLE_BINARY, 127)) + length.to_bytes(8, "big")
 
 
 class _BulkFrame:

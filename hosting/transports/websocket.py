@@ -1,4 +1,6 @@
-"""A slot's WebSocket endpoint as one Starlette app: openpi's protocol on any path, ``/healthz`` beside it.
+"""A slot's WebSocket endpoint as one Starlette app: openpi's protocol in the dialect that path and query choose.
+
+``/healthz`` and ``/ready`` are beside it.
 
 The app can be mounted elsewhere; whoever serves it must not compress frames and must let messages of 64 MiB and more pass.
 """
@@ -6,35 +8,70 @@ The app can be mounted elsewhere; whoever serves it must not compress frames and
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
-import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
 from hosting.failures import client_text
+from hosting.policy import RequestError
 from hosting.protocol.connection import Connection
+from hosting.protocol.messages import Message as ProtocolMessage
+from hosting.protocol.messages import MessageType
+from hosting.protocol.profiles import ProfileName, ReplyShape, choose_profile
 
 logger = logging.getLogger(__name__)
 
 GOING_AWAY = 1001
+INTERNAL_ERROR = 1011
+
+_TEXT_TYPES = frozenset({MessageType.ERROR, MessageType.RESET_REPLY})
 
 
 class WebSocketTransport:
-    """All WebSocket conversations of one endpoint."""
+    """All WebSocket conversations of one endpoint.
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    Args:
+        endpoint: the slot.
+        api_key: refuse upgrades without it with 401; as ``Authorization: Api-Key …`` or ``Bearer …``, or ``X-API-Key``. None: no key is asked for.
+        profile: the dialect of addresses that do not choose one.
+        reply: the shape of their replies; None: the profile's.
+        idle_timeout_s: seconds without a request until a connection is closed; None: it never is.
+        status: what ``GET /ready`` answers, with 200 where its ``ready`` is true and 503 where not; None: there is no such page.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        api_key: str | None = None,
+        profile: ProfileName = "openpi",
+        reply: ReplyShape | None = None,
+        idle_timeout_s: float | None = None,
+        status: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         self._endpoint = endpoint
+        self._idle_timeout_s = idle_timeout_s
+        self._status = status
+        self._api_key = api_key
+        self._profile: ProfileName = profile
+        self._reply: ReplyShape | None = reply
         # Connection → whether it has an answer under way, which is sent before the connection is closed.
         self._busy: dict[WebSocket, bool] = {}
         self.app = Starlette(
             routes=[
                 Route("/healthz", self._health),
+                *([Route("/ready", self._ready)] if status is not None else []),
                 Route("/{path:path}", self._upgrade_required),
                 WebSocketRoute("/{path:path}", self._converse),
             ]
@@ -50,11 +87,27 @@ class WebSocketTransport:
             return PlainTextResponse("OK\n")
         return PlainTextResponse("shutting down\n" if self._endpoint.draining else "starting\n", status_code=503)
 
+    async def _ready(self, request: HTTPRequest) -> JSONResponse:
+        assert self._status is not None
+        status = self._status()
+        return JSONResponse(status, status_code=200 if status["ready"] else 503)
+
     async def _upgrade_required(self, request: HTTPRequest) -> PlainTextResponse:
         headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
         return PlainTextResponse("This is a WebSocket endpoint; the health check is at /healthz.\n", status_code=426, headers=headers)
 
     async def _converse(self, websocket: WebSocket) -> None:
+        if not self._authorized(websocket):
+            text = "unauthorized: send the server's API key as 'Authorization: Api-Key KEY' or 'Authorization: Bearer KEY'\n"
+            await websocket.send_denial_response(PlainTextResponse(text, status_code=401, headers={"WWW-Authenticate": "Api-Key, Bearer"}))
+            return
+        try:
+            profile = choose_profile(
+                websocket.scope["path"], websocket.scope["query_string"].decode("latin-1"), default=self._profile, reply=self._reply
+            )
+        except RequestError as error:
+            await websocket.send_denial_response(PlainTextResponse(f"{error}\n", status_code=400))
+            return
         await websocket.accept()
         self._busy[websocket] = False
         # Begun while the client is held, so that one that leaves before the slot is ready is forgotten at once.
@@ -62,16 +115,25 @@ class WebSocketTransport:
         try:
             if not await self._opened(receiving):
                 return
-            connection = Connection()
-            await websocket.send_bytes(connection.hello(self._endpoint.metadata))
-            message = await receiving
+            conversation = Conversation(self._endpoint, Connection(profile))
+            try:
+                await _send(websocket, await conversation.hello())
+            except RequestError as error:
+                await websocket.send_text(client_text(error, slot=self._endpoint.slot))
+                await websocket.close(INTERNAL_ERROR, "this profile cannot be served; the reason is in the previous frame")
+                return
+            message = await self._in_time(receiving)
             # A request that comes just as close_idle() closes its connection can no longer be answered.
             while message["type"] == "websocket.receive" and not self._endpoint.draining:
                 self._busy[websocket] = True
-                await self._answer(websocket, connection, message)
+                await _send(websocket, await conversation.answer(_received(message)))
+                conversation.sent()
                 self._busy[websocket] = False
                 if not self._endpoint.draining:
-                    message = await websocket.receive()
+                    message = await self._in_time(websocket.receive())
+        except TimeoutError:  # before OSError, which it is
+            logger.info("%s: closing a connection that sent no request for %g s", self._endpoint.slot, self._idle_timeout_s)
+            await _close(websocket, f"no request came for {self._idle_timeout_s:g} s")
         except (WebSocketDisconnect, OSError):
             logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
         finally:
@@ -92,22 +154,38 @@ class WebSocketTransport:
             opening.cancel()
         return not self._endpoint.draining
 
-    async def _answer(self, websocket: WebSocket, connection: Connection, message: Message) -> None:
-        arrived_s = time.perf_counter()
-        payload = message.get("bytes")
-        try:
-            request = connection.receive(payload if payload is not None else message["text"], arrived_s)
-            result, infer_ms = await self._endpoint.infer(request.observation)
-            frame = connection.reply(result, infer_ms=infer_ms)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's alone; client_text() logs it
-            await websocket.send_text(client_text(error, slot=self._endpoint.slot))
-            return
-        await websocket.send_bytes(frame)
-        connection.sent(request, time.perf_counter())
+    async def _in_time(self, receiving: Awaitable[Message]) -> Message:
+        """The next message, unless the client is idle for too long."""
+        if self._idle_timeout_s is None:
+            return await receiving
+        async with asyncio.timeout(self._idle_timeout_s):
+            return await receiving
+
+    def _authorized(self, request: HTTPConnection) -> bool:
+        if self._api_key is None:
+            return True
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() not in ("api-key", "bearer"):
+            key = request.headers.get("x-api-key", "")
+        return hmac.compare_digest(key.strip().encode(), self._api_key.encode())
 
 
-async def _close(websocket: WebSocket) -> None:
+def _received(message: Message) -> ProtocolMessage:
+    payload = message.get("bytes")
+    if payload is None:
+        return ProtocolMessage(MessageType.TEXT, message["text"].encode())
+    return ProtocolMessage(MessageType.INFER, payload)
+
+
+async def _send(websocket: WebSocket, message: ProtocolMessage) -> None:
+    if message.type in _TEXT_TYPES:
+        await websocket.send_text(bytes(message.body).decode())
+    else:
+        await websocket.send_bytes(message.body)  # type: ignore[arg-type]
+
+
+async def _close(websocket: WebSocket, reason: str = "the server is shutting down") -> None:
     try:
-        await websocket.close(GOING_AWAY, "the server is shutting down")
+        await websocket.close(GOING_AWAY, reason)
     except (RuntimeError, WebSocketDisconnect, OSError):
         logger.debug("a client had closed its connection before the server could")

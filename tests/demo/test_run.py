@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from demo import run as demo
-from hosting.clients.websocket import InferenceError
+from hosting.clients.errors import InferenceError
 from hosting.service import Service
 from tests.e2e.process import run
 from tests.serving import EchoPlanner, EchoPolicy, service_config, stubs

@@ -1,6 +1,7 @@
 """Runs in the venv of the unmodified ``openpi-client`` (numpy < 2): carries out calls, prints what came as JSON.
 
-usage: python openpi_client_driver.py URL CALLS_JSON — a call is an observation spec ``{"prompt": …, "mode": …, "drop": [keys]}``.
+usage: python openpi_client_driver.py URL CALLS_JSON [API_KEY] — a call is an observation spec
+``{"prompt": …, "mode": …, "drop": [keys], "extras": {…}, "broker": steps}``. The URL goes in ``host`` and ``port`` stays None.
 """
 
 import json
@@ -9,13 +10,14 @@ import sys
 import numpy as np
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.exceptions import InvalidStatus
 
 
 def observation(spec):
     rng = np.random.default_rng(spec.get("seed", 0))
     cameras = ("cam_high", "cam_left_wrist", "cam_right_wrist")
     obs = {"state": np.ones(14), "images": {camera: rng.integers(256, size=(3, 224, 224), dtype=np.uint8) for camera in cameras}}
-    obs.update({key: spec[key] for key in ("prompt", "mode") if key in spec})
+    obs.update({key: spec[key] for key in ("prompt", "mode") if key in spec}, **spec.get("extras", {}))
     for key in spec.get("drop", []):
         del obs[key]
     return obs
@@ -30,10 +32,14 @@ def describe(value):
 
 
 def main():
-    url, calls = sys.argv[1], json.loads(sys.argv[2])
-    policy = WebsocketClientPolicy(host=url, port=None)
+    url, calls, *api_key = sys.argv[1:]
+    try:
+        policy = WebsocketClientPolicy(url, None, *api_key)
+    except InvalidStatus as error:
+        print(json.dumps({"numpy": np.__version__, "refused": error.response.status_code, "body": error.response.body.decode()}))
+        return
     results = {"numpy": np.__version__, "metadata": describe(policy.get_server_metadata()), "replies": []}
-    for spec in calls:
+    for spec in json.loads(calls):
         if "broker" in spec:
             broker = ActionChunkBroker(policy, action_horizon=spec["broker"])
             results["replies"].append([describe(broker.infer(observation(spec))) for _ in range(spec["broker"])])

@@ -31,8 +31,8 @@ def combined_config(**fields: Any) -> dict[str, Any]:
     return {
         "action": {"model_config_name": "pi05_aloha", "checkpoint_dir": str(CHECKPOINTS / "pi05_pytorch"), "tokenizer": str(TOKENIZER)},
         "planner": {"checkpoint_dir": str(CHECKPOINTS / "pi05_orbax"), "tokenizer": str(TOKENIZER)},
-        "action_transport": {"websocket_port": 0},
-        "planner_transport": {"websocket_port": 0},
+        "action_transport": {"websocket_port": 0, "quic_port": None, "unix_socket_path": None},
+        "planner_transport": {"websocket_port": 0, "quic_port": None, "unix_socket_path": None},
         "admin": {"port": 0},
         **fields,
     }

@@ -29,7 +29,35 @@ COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("prepare-planner-checkpoint",): ("--hf-repo", "--tar-path-in-repo", "--output-dir", "--force-download"),
     ("prepare-checkpoint",): ("--model-id", "--openpi-assets-uri", "--output-dir", "--required-asset-id", "--force-download"),
     ("test",): (),
-    ("test", "ws"): ("--mode", "--embodiment", "--prompt", "--iterations", "--json"),
+    ("test", "ws"): ("--mode", "--embodiment", "--prompt", "--iterations", "--api-key", "--pin", "--cafile", "--insecure", "--jpeg", "--json"),
+    ("test", "quic"): (
+        "--mode",
+        "--embodiment",
+        "--prompt",
+        "--iterations",
+        "--api-key",
+        "--pin",
+        "--cafile",
+        "--insecure",
+        "--jpeg",
+        "--connections",
+        "--json",
+    ),
+    ("test", "unix"): ("--mode", "--embodiment", "--prompt", "--iterations", "--jpeg", "--json"),
+    ("bench",): (
+        "--clients",
+        "--seconds",
+        "--mode",
+        "--embodiment",
+        "--prompt",
+        "--api-key",
+        "--pin",
+        "--cafile",
+        "--insecure",
+        "--jpeg",
+        "--connections",
+        "--json",
+    ),
 }
 ACTION = {"model_config_name": "pi05_aloha", "checkpoint_dir": "/ckpt"}
 
@@ -235,13 +263,13 @@ class TestTestWs:
             "actions: float64 [10, 14]",
         ]
         assert lines[3].split() == ["ms", "mean", "min", "max"]
-        assert [line.split()[0] for line in lines[4:]] == ["client", "server", "policy", "planner"]
+        assert [line.split()[0] for line in lines[4:]] == ["client", "network", "server", "overhead", "policy", "planner"]
 
     def test_times_for_machines_and_the_options(self, service: RunningService) -> None:
         arguments = ("--mode", "action_only", "--embodiment", "libero", "--prompt", "stack", "--iterations", "2", "--json")
         report = json.loads(invoke("test", "ws", service.addresses["action"], *arguments).output)
         assert (report["mode"], report["embodiment"], report["reply"]["asked"]) == ("action_only", "libero", {"prompt": "stack"})
-        assert set(report["ms"]) == {"client", "server", "policy"}
+        assert set(report["ms"]) == {"client", "network", "server", "overhead", "policy"}
 
     def test_nobody_there(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -270,7 +298,19 @@ class TestTestWs:
 
 
 # What the base install does not bring.
-SERVING = ("fastapi", "filelock", "fsspec", "gcsfs", "huggingface_hub", "ml_dtypes", "PIL", "sentencepiece", "starlette", "tensorstore", "uvicorn")
+SERVING = (
+    "cryptography",
+    "fastapi",
+    "filelock",
+    "fsspec",
+    "gcsfs",
+    "huggingface_hub",
+    "ml_dtypes",
+    "sentencepiece",
+    "starlette",
+    "tensorstore",
+    "uvicorn",
+)
 EXTRAS = (*SERVING, "flax", "jax", "jaxlib", "orbax", "safetensors", "torch")
 BASE_INSTALL = f"""
 import importlib.abc, sys

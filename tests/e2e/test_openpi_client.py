@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.e2e.process import ROOT, combined_config, serve
+from tests.serving import service_config, start, stubs
 
 CLIENT_PYTHON = ROOT / ".venv-openpi-client" / "bin" / "python"
 DRIVER = Path(__file__).with_name("openpi_client_driver.py")
@@ -21,9 +22,10 @@ def server(tmp_path_factory):
         assert running.wait() == 0
 
 
-def drive(url: str, *calls: dict) -> dict:
+def drive(url: str, *calls: dict, api_key: str | None = None) -> dict:
     assert CLIENT_PYTHON.exists(), "the unmodified openpi-client is missing; `make .venv-openpi-client/.ok` installs it"
-    done = subprocess.run([str(CLIENT_PYTHON), str(DRIVER), url, json.dumps(calls)], capture_output=True, text=True, timeout=100, check=False)
+    command = [str(CLIENT_PYTHON), str(DRIVER), url, json.dumps(calls), *([] if api_key is None else [api_key])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["numpy"].startswith("1."), "openpi-client's own numpy"
@@ -72,10 +74,36 @@ def test_planner_port(server):
     assert result["metadata"]["image_specs"], "a combined service tells planner clients which images the policy takes"
 
 
+EXTRAS = {"seed": 7, "sampling_params": {"seed": 7}, "session_id": "robot-1", "reset": True, "request_id": "r-1", "obs_index": 3, "endpoint": "infer"}
+
+
 def test_action_chunk_broker_steps_through_every_field(server):
-    steps = drive(server.addresses["action"], {"prompt": "pick up the cup", "broker": 50})["replies"][0]
+    """With everything on that adds to a reply: whatever is an array in it is indexed by the step."""
+    steps = drive(server.addresses["action"], {"prompt": "pick up the cup", "broker": 50, "extras": EXTRAS})["replies"][0]
     assert len(steps) == 50 and all(step["actions"]["shape"] == [14] for step in steps)
-    assert all(step["subtask"] == steps[0]["subtask"] for step in steps)
+    assert set(steps[0]) == {"actions", "subtask", "policy_timing", "server_timing", "request_id", "obs_index"}
+    assert all({**step, "actions": None} == {**steps[0], "actions": None} for step in steps)
+
+
+def test_a_whole_url_with_a_path_and_a_query(server):
+    url = server.addresses["action"]
+    at_path = drive(f"{url}/robots/7", {"prompt": "pick up the cup"})
+    assert at_path["metadata"]["server_name"] == "tandem" and at_path["replies"][0]["actions"]["shape"] == [50, 14]
+    quiet = drive(f"{url}/robots/7?profile=empty&response_key=action", {"prompt": "pick up the cup", "broker": 2})
+    assert quiet["metadata"] == {} and [step["action"]["shape"] for step in quiet["replies"][0]] == [[14], [14]]
+    named = drive(f"{url}/?reply=arrays", {"prompt": "pick up the cup"}, {"prompt": 7})
+    assert named["replies"][0] == {"actions": {"dtype": "float32", "shape": [50, 14], "finite": True}}
+    assert "prompt: got int" in named["replies"][1]["error"]
+
+
+def test_api_key():
+    with start(service_config("action", api_key="correct horse"), stubs()) as service:
+        url = service.addresses["action"]
+        welcome = drive(url, {"prompt": "x"}, api_key="correct horse")
+        assert welcome["replies"][0]["actions"]["shape"] == [10, 14]
+        for key in ("wrong", None):
+            refused = drive(url, api_key=key)
+            assert refused["refused"] == 401 and refused["body"].startswith("unauthorized: send the server's API key")
 
 
 def test_curl_edits_the_template_of_the_next_request(server):

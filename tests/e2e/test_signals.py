@@ -14,7 +14,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from hosting.clients.websocket import WebSocketClient
+from hosting.clients.client import Client
+from hosting.clients.errors import ConnectionLostError
 from tests.e2e.process import ROOT, ServerProcess, environment
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -56,15 +57,15 @@ class Robot:
 
     def __init__(self, url: str) -> None:
         self.outcome: Any = None
-        self._client = WebSocketClient(url)
+        self._client = Client(url, retry_lost=False)
         self._thread = threading.Thread(target=self._ask)
         self._thread.start()
 
     def _ask(self) -> None:
         try:
             self.outcome = self._client.infer({"prompt": "x", "mode": "action_only"})
-        except ConnectionClosed as closed:
-            self.outcome = closed
+        except ConnectionLostError as lost:
+            self.outcome = lost
 
     def wait(self) -> Any:
         self._thread.join(30)
@@ -107,7 +108,7 @@ def test_a_second_signal_forces(second: signal.Signals) -> None:
         server.signal(second)
         # The policy is never told to go on, so it was not waited for.
         assert server.wait() == 1 and server.messages()[-1] == "stopped a second time: leaving at once"
-        assert isinstance(robot.wait(), ConnectionClosed)
+        assert isinstance(robot.wait(), ConnectionLostError)
 
 
 def test_what_takes_longer_than_drain_s_is_given_up() -> None:
@@ -117,7 +118,7 @@ def test_what_takes_longer_than_drain_s_is_given_up() -> None:
         server.signal()
         assert server.wait() == 1
         assert server.messages()[-1] == "requests were still running after drain_s=0 s; leaving without their answers"
-        assert isinstance(robot.wait(), ConnectionClosed)
+        assert isinstance(robot.wait(), ConnectionLostError)
 
 
 @BOTH

@@ -33,7 +33,11 @@ def ready() -> list[bool]:
 
 @pytest.fixture
 def admin(settings: LiveSettings, ready: list[bool]) -> httpx.AsyncClient:
-    app = create_admin_app(settings, mode="combined", slots=("action", "planner"), is_ready=lambda: ready[0], version="1.2.3")
+    def status() -> dict[str, Any]:
+        slots = dict.fromkeys(("action", "planner"), "ready" if ready[0] else "loading")
+        return {"ready": ready[0], "mode": "combined", "slots": slots, "addresses": {"action": "ws://x:1"}, "quic_certificate_sha256": "ab"}
+
+    app = create_admin_app(settings, mode="combined", slots=("action", "planner"), status=status, version="1.2.3")
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin")
 
 
@@ -42,6 +46,14 @@ async def test_health(admin: httpx.AsyncClient, ready: list[bool]) -> None:
     ready[0] = False
     reply = await admin.get("/health")
     assert (reply.status_code, reply.json()["status"]) == (200, "starting")
+
+
+async def test_ready_says_it_with_its_status_code_too(admin: httpx.AsyncClient, ready: list[bool]) -> None:
+    reply = await admin.get("/ready")
+    assert (reply.status_code, reply.json()["slots"]) == (200, {"action": "ready", "planner": "ready"})
+    ready[0] = False
+    reply = await admin.get("/ready")
+    assert (reply.status_code, reply.json()["ready"]) == (503, False)
 
 
 async def test_patch_changes_what_is_given_and_is_in_force_at_once(admin: httpx.AsyncClient, settings: LiveSettings) -> None:
@@ -141,7 +153,7 @@ async def test_openapi_describes_it(admin: httpx.AsyncClient) -> None:
     assert (await admin.get("/docs")).status_code == 200
     schema = (await admin.get("/openapi.json")).json()
     assert (schema["info"]["title"], schema["info"]["version"]) == ("Tandem admin", "1.2.3")
-    assert set(schema["paths"]) == {"/health", "/config"}
+    assert set(schema["paths"]) == {"/health", "/ready", "/config"}
     change = schema["components"]["schemas"]["PromptConfigChange"]
     assert set(change["properties"]) == {"generation_prompt_format", "action_prompt_template", "max_generation_tokens"}
     assert "required" not in change

@@ -85,6 +85,21 @@ class TestValues:
             "action_transport": {"websocket_port": 8000, "quic_port": 5555, "unix_socket_path": "/tmp/openpi-action.sock"},
             "planner_transport": {"websocket_port": 8002, "quic_port": 5556, "unix_socket_path": "/tmp/openpi-planner.sock"},
             "host": "127.0.0.1",
+            "api_key": None,
+            "tls": None,
+            "quic_certificate_dir": None,
+            "unix_socket_mode": "0600",
+            "websocket": {
+                "ping_interval_s": 20.0,
+                "ping_timeout_s": 20.0,
+                "idle_timeout_s": None,
+                "congestion_control": "bbr",
+                "profile": "openpi",
+                "reply": None,
+            },
+            "roboarena": dict.fromkeys(
+                ("image_resolution", "needs_wrist_camera", "n_external_cameras", "needs_stereo_camera", "needs_session_id", "action_space")
+            ),
             "admin": {"host": "127.0.0.1", "port": 8001},
             "max_message_bytes": 128 * MIB,
             "drain_s": 30.0,
@@ -209,8 +224,8 @@ class TestMalformedFile:
             ({"action": ACTION, "planer": PLANNER}, 'planer: unknown field (file robot.json); did you mean "planner"?'),
             (
                 {"action": ACTION, "port": 8000},
-                "port: unknown field (file robot.json); known here: action, planner, action_transport, planner_transport, host, admin, "
-                "max_message_bytes, drain_s, log_format",
+                "port: unknown field (file robot.json); known here: action, planner, action_transport, planner_transport, host, api_key, tls, "
+                "quic_certificate_dir, unix_socket_mode, websocket, roboarena, admin, max_message_bytes, drain_s, log_format",
             ),
             (
                 {"action": {**ACTION, "checkpoint": "a"}},
@@ -223,8 +238,8 @@ class TestMalformedFile:
             # names that pydantic-settings would take for itself
             (
                 {"action": ACTION, "_env_file": "a"},
-                "_env_file: unknown field (file robot.json); known here: action, planner, action_transport, planner_transport, host, admin, "
-                "max_message_bytes, drain_s, log_format",
+                "_env_file: unknown field (file robot.json); known here: action, planner, action_transport, planner_transport, host, api_key, tls, "
+                "quic_certificate_dir, unix_socket_mode, websocket, roboarena, admin, max_message_bytes, drain_s, log_format",
             ),
             (
                 {"action": "pi05_droid"},
@@ -502,6 +517,12 @@ class TestDescribe:
         assert ("host", "::1", "flag") in rows
         assert ("admin.port", 9, "environment OPENPI_ADMIN__PORT") in rows
         assert rows[-1] == ("log_format", "plain", "default")
+
+    def test_secrets_are_not_shown(self, write: Write) -> None:
+        loaded = load_config(write({"action": ACTION, "api_key": "sesame"}))
+        assert ("api_key", "***", "file robot.json") in describe(loaded)
+        assert "sesame" not in repr(loaded.config) and loaded.config.api_key == "sesame"
+        assert ("api_key", None, "default") in describe(load_config(write({"action": ACTION})))
 
     def test_the_documentation_names_every_variable(self) -> None:
         page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")

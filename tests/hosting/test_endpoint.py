@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 from hosting import __version__
 from hosting.endpoint import Endpoint
-from hosting.policy import DrainingError, ModeError
-from hosting.routing import action_route
+from hosting.policy import DeadlineError, DrainingError, MessageError, ModeError, ObservationError
+from hosting.protocol import jpeg
+from hosting.protocol.requests import InferRequest, parse_request
+from hosting.routing import SlotCall, Steps, action_route
 from hosting.scheduler import SlotWorker
 from tests.serving import EchoPolicy
+
+
+async def serve(endpoint: Endpoint, obs: dict[str, Any]) -> dict[str, Any]:
+    request = parse_request(obs)
+    assert isinstance(request, InferRequest)
+    return (await endpoint.serve(request, time.perf_counter()))[0]
+
 
 METADATA = {"action_horizon": 10, "server_name": "the policy's"}
 
@@ -36,11 +48,12 @@ async def test_clients_wait_until_it_opens(worker: SlotWorker) -> None:
     endpoint = Endpoint("action", {"action": worker})
     waiting = asyncio.create_task(endpoint.opened())
     await asyncio.sleep(0)
-    assert not waiting.done() and not endpoint.ready and endpoint.metadata == {}
-    with pytest.raises(DrainingError):
-        await endpoint.infer({})
+    early = asyncio.create_task(serve(endpoint, {"prompt": "early"}))
+    await asyncio.sleep(0)
+    assert not waiting.done() and not early.done() and not endpoint.ready and endpoint.metadata == {}
     endpoint.open(action_route(EchoPolicy()), METADATA)
     await waiting
+    assert (await early)["asked"] == {"prompt": "early"}
     assert endpoint.ready
 
 
@@ -48,8 +61,12 @@ async def test_closing_lets_those_go_who_wait_for_it_to_open(worker: SlotWorker)
     endpoint = Endpoint("action", {"action": worker})
     waiting = asyncio.create_task(endpoint.opened())
     await asyncio.sleep(0)
+    early = asyncio.create_task(serve(endpoint, {}))
+    await asyncio.sleep(0)
     endpoint.close()
     await waiting
+    with pytest.raises(DrainingError):
+        await early
     assert endpoint.draining and not endpoint.ready
 
 
@@ -58,7 +75,7 @@ async def test_metadata_says_who_serves(endpoint: Endpoint) -> None:
 
 
 async def test_a_request_is_served_and_timed(endpoint: Endpoint) -> None:
-    reply, ms = await endpoint.infer({"prompt": "x"})
+    reply, ms = await endpoint.serve(parse_request({"prompt": "x"}), 0.0)
     assert reply["asked"] == {"prompt": "x"} and ms > 0
 
 
@@ -71,19 +88,83 @@ async def test_draining_waits_for_what_was_accepted_and_takes_nothing_new(worker
 
     endpoint = Endpoint("action", {"action": worker})
     endpoint.open(action_route(EchoPolicy(hold)), {})
-    accepted = [asyncio.create_task(endpoint.infer({"prompt": i})) for i in range(2)]
+    accepted = [asyncio.create_task(serve(endpoint, {"prompt": i})) for i in range(2)]
     assert await asyncio.to_thread(entered.wait, 30)
     draining = asyncio.create_task(endpoint.drain())
     await asyncio.sleep(0)
     assert not endpoint.ready and not draining.done()
     with pytest.raises(DrainingError, match=r"^the server is shutting down; the action endpoint takes no new requests$"):
-        await endpoint.infer({"prompt": "late"})
+        await serve(endpoint, {"prompt": "late"})
     released.set()
-    assert [reply["asked"]["prompt"] for reply, _ in await asyncio.gather(*accepted)] == ["0", "1"]
+    assert [reply["asked"]["prompt"] for reply in await asyncio.gather(*accepted)] == ["0", "1"]
     await draining
 
 
 async def test_a_failed_request_does_not_hold_up_the_drain(endpoint: Endpoint) -> None:
     with pytest.raises(ModeError):
-        await endpoint.infer({"mode": "x"})
+        await serve(endpoint, {"mode": "x"})
     await endpoint.drain()
+
+
+class SeededPolicy(EchoPolicy):
+    """Says the seed and the camera it got."""
+
+    def infer(self, obs: Any, *, seed: int | None = None) -> dict[str, Any]:
+        return {
+            "actions": np.full((2, 3), -1.0 if seed is None else seed),
+            "policy_timing": {"infer_ms": 1.0},
+            "saw": {"shape": list(obs["cam"].shape)},
+        }
+
+
+async def test_jpeg_cameras_reach_the_policy_as_images_of_its_layout(worker: SlotWorker) -> None:
+    endpoint = Endpoint("action", {"action": worker}, max_image_bytes=8 * 8 * 3)
+    endpoint.open(action_route(SeededPolicy()), {"image_specs": [{"path": ["cam"], "target_shape": [3, 224, 224], "dtype": "uint8"}]})
+    small, large = (jpeg.encode(np.zeros((size, size, 3), np.uint8)) for size in (8, 9))
+    assert (await serve(endpoint, {"cam": small, "seed": 7}))["saw"] == {"shape": [3, 8, 8]}
+    with pytest.raises(ObservationError, match=r"^cam: the JPEG images decode to more than 192 bytes"):
+        await serve(endpoint, {"cam": large})
+
+
+async def test_a_batch_has_one_reply_with_a_leading_axis(worker: SlotWorker) -> None:
+    endpoint = Endpoint("action", {"action": worker})
+    endpoint.open(action_route(SeededPolicy()), {})
+    cam = np.zeros((1, 2, 3), np.uint8)
+    reply = await serve(endpoint, {"batch": [{"cam": cam, "seed": 4}, {"cam": cam[:, :1], "seed": 5}]})
+    assert reply["actions"].shape == (2, 2, 3) and reply["actions"][:, 0, 0].tolist() == [4, 5]
+    assert reply["policy_timing"] == {"infer_ms": 1.0} and reply["saw"] == [{"shape": [1, 2, 3]}, {"shape": [1, 1, 3]}]
+
+
+async def test_a_batch_says_whose_fault_it_was(worker: SlotWorker) -> None:
+    def refuse(obs: Any) -> None:
+        if obs["prompt"] == "bad":
+            raise ObservationError("prompt: is bad")
+
+    endpoint = Endpoint("action", {"action": worker})
+    endpoint.open(action_route(EchoPolicy(refuse)), {})
+    with pytest.raises(ObservationError, match=r"^batch\[1\]: prompt: is bad$"):
+        await serve(endpoint, {"batch": [{"prompt": "good"}, {"prompt": "bad"}]})
+    assert (await serve(endpoint, {"prompt": "next"}))["asked"] == {"prompt": "next"}
+
+
+async def test_a_batch_of_different_modes_cannot_be_stacked(worker: SlotWorker) -> None:
+    def route(obs: Any, /, *, seed: int | None = None) -> Steps:
+        return (yield SlotCall("action", lambda: {"actions": np.zeros((2, 2))} if obs["act"] else {"subtask": {"text": "x"}}))
+
+    endpoint = Endpoint("action", {"action": worker})
+    endpoint.open(route, {})
+    with pytest.raises(MessageError, match=r"^batch\[1\]: its reply has no actions, as others of the batch do; send one mode per batch$"):
+        await serve(endpoint, {"batch": [{"act": True}, {"act": False}]})
+
+
+async def test_what_is_late_is_not_begun(worker: SlotWorker) -> None:
+    called: list[Any] = []
+    endpoint = Endpoint("action", {"action": worker})
+    endpoint.open(action_route(EchoPolicy(called.append)), {})
+    request = parse_request({"prompt": "x", "deadline_ms": 5})
+    assert isinstance(request, InferRequest)
+    with pytest.raises(DeadlineError, match=r"^deadline_ms: passed \d+ ms before the action's turn came; nothing was computed$"):
+        await endpoint.serve(request, time.perf_counter() - 1)
+    assert called == []
+    await endpoint.serve(request, time.perf_counter() + 60)
+    assert called

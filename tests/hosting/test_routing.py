@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hosting.policy import ModeError, Reply
-from hosting.routing import Slot, SlotCall, Steps, action_route, planner_route, request_mode, run, run_on, without_mode
+from hosting.combined import CombinedPolicy
+from hosting.policy import ModeError, ObservationError, Reply
+from hosting.routing import Slot, SlotCall, Steps, action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings, PromptSettings
 from tests.serving import EchoPlanner, EchoPolicy
@@ -55,7 +56,7 @@ def failing() -> Steps:
 async def test_both_drivers_hand_each_reply_to_the_next_step(workers: dict[Slot, SlotWorker]) -> None:
     threads: list[str] = []
     assert run(two_slots([])) == await run_on(workers, two_slots(threads)) == {"sum": 3}
-    assert threads == ["planner-slot_0", "action-slot_0"]
+    assert threads == ["planner-slot", "action-slot"]
 
 
 async def test_both_drivers_let_the_route_decide_what_a_failure_means(workers: dict[Slot, SlotWorker]) -> None:
@@ -132,3 +133,92 @@ def test_planner_route_takes_the_settings_in_force_when_the_request_comes() -> N
     assert (subtask["format"], subtask["limit"]) == ("New {task}", 9)
     with pytest.raises(ModeError, match="has no action policy"):
         run(route({"mode": "action_only"}))
+
+
+class BatchedPolicy(EchoPolicy):
+    """Serves rows together; notes what came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def infer(self, obs: Any, /, *, seed: int | None = None) -> Reply:
+        self.calls.append((obs["prompt"], seed))
+        if obs["prompt"] == "bad":
+            raise ObservationError("prompt: is bad")
+        return {"prompt": obs["prompt"], "seed": seed}
+
+    def infer_batch(self, observations: Any, /, *, seeds: Any = None) -> list[Reply]:
+        self.calls.append(([obs["prompt"] for obs in observations], seeds))
+        if any(obs["prompt"] == "bad" for obs in observations):
+            raise ObservationError("one of them is bad")
+        return [{"prompt": obs["prompt"], "seed": seed} for obs, seed in zip(observations, seeds or [None] * len(observations), strict=True)]
+
+
+class BatchedPlanner(EchoPlanner):
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.error = error
+        self.calls: list[list[str]] = []
+
+    def infer_batch(self, observations: Any, /, *, generation_prompt_format: Any = None, max_generation_tokens: Any = None) -> list[Reply]:
+        self.calls.append([obs["prompt"] for obs in observations])
+        if self.error:
+            raise self.error
+        return [self.infer(obs) for obs in observations]
+
+
+class TestTogether:
+    async def test_one_call_serves_all_rows(self, workers: dict[Slot, SlotWorker]) -> None:
+        policy = BatchedPolicy()
+        route = action_route(policy)
+        replies = await run_together_on(workers, [route({"prompt": "a"}), route({"prompt": "b"}, seed=3)])
+        assert replies == [{"prompt": "a", "seed": None}, {"prompt": "b", "seed": 3}]
+        assert policy.calls == [(["a", "b"], [None, 3])]
+        assert await run_together_on(workers, [route({"prompt": "a"}), route({"prompt": "b"})]) == [{"prompt": p, "seed": None} for p in "ab"]
+        assert policy.calls[-1] == (["a", "b"], None)
+
+    async def test_a_single_row_is_served_alone(self, workers: dict[Slot, SlotWorker]) -> None:
+        policy = BatchedPolicy()
+        assert await run_together_on(workers, [action_route(policy)({"prompt": "a"}, seed=1)]) == [{"prompt": "a", "seed": 1}]
+        assert policy.calls == [("a", 1)]
+
+    async def test_planner_and_policy_each_serve_all_rows(self, workers: dict[Slot, SlotWorker]) -> None:
+        planner, policy = BatchedPlanner(), BatchedPolicy()
+        combined = CombinedPolicy(planner, policy, action_prompt_template="{subtask}")
+        replies = await run_together_on(workers, [combined.steps({"prompt": task}) for task in ("tidy", "sweep")])
+        assert planner.calls == [["tidy", "sweep"]] and policy.calls == [(["first step of tidy", "first step of sweep"], None)]
+        assert [reply["subtask"]["text"] for reply in replies] == ["first step of tidy", "first step of sweep"]
+
+    async def test_modes_may_differ_between_rows(self, workers: dict[Slot, SlotWorker]) -> None:
+        planner, policy = BatchedPlanner(), BatchedPolicy()
+        combined = CombinedPolicy(planner, policy, action_prompt_template="{subtask}")
+        rows = [{"prompt": "tidy", "mode": mode} for mode in ("default", "action_only", "subtask_only")]
+        replies = await run_together_on(workers, [combined.steps(row) for row in rows])
+        assert [sorted(reply) for reply in replies] == [["prompt", "seed", "subtask"], ["prompt", "seed"], ["subtask"]]
+        assert planner.calls == [["tidy", "tidy"]]
+
+    async def test_when_the_planner_fails_every_row_decides_for_itself(self, workers: dict[Slot, SlotWorker]) -> None:
+        policy = BatchedPolicy()
+        combined = CombinedPolicy(BatchedPlanner(ZeroDivisionError()), policy)
+        replies = await run_together_on(workers, [combined.steps({"prompt": task}) for task in ("a", "b")])
+        assert [reply["subtask"]["error"].partition(" ")[0] for reply in replies] == ["internal", "internal"]
+        assert policy.calls == [(["a", "b"], None)]
+
+    async def test_a_bad_row_is_named(self, workers: dict[Slot, SlotWorker]) -> None:
+        route = action_route(BatchedPolicy())
+        with pytest.raises(ObservationError, match=r"^batch\[2\]: prompt: is bad$"):
+            await run_together_on(workers, [route({"prompt": prompt}) for prompt in ("a", "b", "bad")])
+        with pytest.raises(ModeError, match=r"^batch\[1\]: mode: got 'x'"):
+            await run_together_on(workers, [route({"prompt": "a"}), route({"prompt": "a", "mode": "x"})])
+
+    async def test_policies_without_batches_are_asked_row_by_row(self, workers: dict[Slot, SlotWorker]) -> None:
+        route = action_route(EchoPolicy())
+        replies = await run_together_on(workers, [route({"prompt": prompt}) for prompt in "ab"])
+        assert [reply["asked"]["prompt"] for reply in replies] == ["a", "b"]
+
+
+def test_a_seed_for_a_policy_that_takes_none_is_refused() -> None:
+    with pytest.raises(ObservationError, match=r"^seed: the policy that is loaded takes none; leave it out$"):
+        run(action_route(EchoPolicy())({"prompt": "x"}, seed=1))
+    assert run(action_route(BatchedPolicy())({"prompt": "x"}, seed=1))["seed"] == 1

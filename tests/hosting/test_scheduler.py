@@ -52,7 +52,7 @@ async def test_calls_run_on_one_thread_of_the_slot_in_the_order_they_came(gate: 
     assert order == []
     gate.released.set()
     assert await asyncio.gather(*waiting) == [i * i for i in range(20)]
-    assert order == list(range(20)) and names == {await first} and await first == "action-slot_0"
+    assert order == list(range(20)) and names == {await first} and await first == "action-slot"
     worker.close()
 
 
@@ -121,4 +121,4 @@ async def test_a_closed_worker_refuses_drops_its_queue_and_lets_the_running_call
         await queued
     assert not running.done()
     gate.released.set()
-    assert await running == "action-slot_0" and ran == []
+    assert await running == "action-slot" and ran == []

@@ -9,7 +9,8 @@ import pytest
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import connect
 
-from hosting.clients.websocket import InferenceError, WebSocketClient
+from hosting.clients.client import Client
+from hosting.clients.errors import ClientError, ConnectionLostError, InferenceError
 from hosting.config import ActionTransportConfig
 from hosting.policy import CheckpointError, ConfigError
 from hosting.protocol import msgpack_numpy
@@ -30,16 +31,16 @@ def test_ready_line_names_mode_slots_and_addresses(combined):
 
 
 def test_metadata(combined):
-    with WebSocketClient(combined.addresses["action"]) as client:
+    with Client(combined.addresses["action"]) as client:
         metadata = client.get_server_metadata()
     assert metadata["reset_pose"] == [0.0] * 6 and metadata["action_horizon"] == 10 and metadata["server_name"] == "tandem"
-    with WebSocketClient(combined.addresses["planner"]) as client:
+    with Client(combined.addresses["planner"]) as client:
         assert client.get_server_metadata()["image_specs"] == []
 
 
 @pytest.mark.parametrize("mode", [None, "", "default"])
 def test_default_mode(combined, mode):
-    with WebSocketClient(combined.addresses["action"]) as client:
+    with Client(combined.addresses["action"]) as client:
         reply = client.infer({"prompt": "tidy", **({} if mode is None else {"mode": mode})})
     assert reply["actions"].shape == (10, 14)
     assert reply["asked"] == {"prompt": "tidy. Subtask: first step of tidy"}
@@ -48,17 +49,17 @@ def test_default_mode(combined, mode):
 
 
 def test_other_modes(combined):
-    with WebSocketClient(combined.addresses["action"]) as client:
+    with Client(combined.addresses["action"]) as client:
         only = client.infer({"prompt": "tidy", "mode": "subtask_only"})
         assert set(only) == {"subtask", "server_timing"}
         acted = client.infer({"prompt": "tidy", "mode": "action_only"})
         assert "subtask" not in acted and acted["asked"] == {"prompt": "tidy"}
-    with WebSocketClient(combined.addresses["planner"]) as client:
+    with Client(combined.addresses["planner"]) as client:
         assert set(client.infer({"prompt": "tidy"})) == {"subtask", "server_timing"}
 
 
 def test_timing_excludes_the_clients_idle_time(combined):
-    with WebSocketClient(combined.addresses["action"]) as client:
+    with Client(combined.addresses["action"]) as client:
         first = client.infer({"prompt": "a"})["server_timing"]
         second = client.infer({"prompt": "a"})["server_timing"]
     assert set(first) == {"infer_ms"} and set(second) == {"infer_ms", "prev_total_ms"}
@@ -78,7 +79,7 @@ def test_timing_excludes_the_clients_idle_time(combined):
     ],
 )
 def test_a_bad_request_hurts_only_itself(combined, endpoint, obs, text):
-    with WebSocketClient(combined.addresses[endpoint]) as client:
+    with Client(combined.addresses[endpoint]) as client:
         with pytest.raises(InferenceError) as caught:
             client.infer(obs)
         assert str(caught.value) == text
@@ -106,7 +107,7 @@ def test_messages_that_are_no_requests(combined, message, text):
 
 
 def test_any_path_is_a_websocket_and_healthz_is_not(combined):
-    with WebSocketClient(combined.addresses["action"] + "/some/where?x=1") as client:
+    with Client(combined.addresses["action"] + "/some/where?x=1") as client:
         assert "actions" in client.infer({"prompt": "x"})
     answer = httpx.get(combined.http("action") + "/healthz")
     assert (answer.status_code, answer.text) == (200, "OK\n") and answer.headers["content-type"].startswith("text/plain")
@@ -120,12 +121,12 @@ def test_frames_are_not_compressed_even_if_offered(combined):
 
 
 def test_large_messages(combined):
-    with WebSocketClient(combined.addresses["action"]) as client:
+    with Client(combined.addresses["action"]) as client:
         assert "actions" in client.infer({"prompt": "x", "blob": np.zeros(64 << 20, np.uint8), "mode": "action_only"})
 
 
 def test_live_templates(combined):
-    with WebSocketClient(combined.addresses["action"]) as client, httpx.Client(base_url=combined.http("admin")) as admin:
+    with Client(combined.addresses["action"]) as client, httpx.Client(base_url=combined.http("admin")) as admin:
         before = admin.get("/config").json()
         try:
             changed = admin.patch(
@@ -151,7 +152,7 @@ def test_many_clients_get_their_own_answers(combined):
     answers: dict[str, str] = {}
 
     def robot(name):
-        with WebSocketClient(combined.addresses["action"]) as client:
+        with Client(combined.addresses["action"]) as client:
             for i in range(20):
                 answers[f"{name}{i}"] = client.infer({"prompt": f"{name}{i}", "mode": "action_only"})["asked"]["prompt"]
 
@@ -168,7 +169,7 @@ def test_internal_error_has_an_id_that_the_log_has(caplog):
         if obs["prompt"] == "bad":
             raise ZeroDivisionError("secret detail")
 
-    with start(service_config("action"), stubs(EchoPolicy(fail))) as service, WebSocketClient(service.addresses["action"]) as client:
+    with start(service_config("action"), stubs(EchoPolicy(fail))) as service, Client(service.addresses["action"]) as client:
         with pytest.raises(InferenceError, match=r"internal error ([0-9a-f]{8}): ") as caught:
             client.infer({"prompt": "bad"})
         assert "secret" not in str(caught.value) and "Traceback" not in str(caught.value)
@@ -182,7 +183,7 @@ def test_a_planner_that_fails(caplog):
     def fail(obs):
         raise RuntimeError("secret")
 
-    with start(service_config(), stubs(planner=EchoPlanner(fail))) as service, WebSocketClient(service.addresses["action"]) as client:
+    with start(service_config(), stubs(planner=EchoPlanner(fail))) as service, Client(service.addresses["action"]) as client:
         reply = client.infer({"prompt": "tidy"})
         assert reply["asked"] == {"prompt": "tidy"} and reply["subtask"]["text"] == ""
         assert "internal error" in reply["subtask"]["error"] and "secret" not in reply["subtask"]["error"]
@@ -202,7 +203,7 @@ def test_single_slots(slots, refused):
     with start(service_config(*slots), stubs()) as service:
         assert service.service.config.mode == f"{slots[0]}_only"
         assert ("admin" in service.addresses) == (slots == ("planner",))
-        with WebSocketClient(service.addresses[slots[0]]) as client:
+        with Client(service.addresses[slots[0]]) as client:
             assert slots[0] in ("action", "planner") and client.infer({"prompt": "x"})
             with pytest.raises(InferenceError, match=refused):
                 client.infer({"prompt": "x", "mode": "subtask_only" if slots == ("action",) else "action_only"})
@@ -293,7 +294,7 @@ def test_drain_finishes_what_is_in_flight_and_takes_nothing_new():
     with start(service_config("action"), stubs(EchoPolicy(hook))) as service:
         idle = connect(service.addresses["action"], compression=None, legacy=True)
         idle.recv()
-        busy = WebSocketClient(service.addresses["action"])
+        busy = Client(service.addresses["action"])
         replies = []
         thread = threading.Thread(target=lambda: replies.append(busy.infer({"prompt": "x"})))
         thread.start()
@@ -305,7 +306,7 @@ def test_drain_finishes_what_is_in_flight_and_takes_nothing_new():
         finish.set()
         thread.join(30)
         assert replies[0]["actions"].shape == (10, 14), "the accepted request was answered"
-        with pytest.raises((ConnectionClosedError, ConnectionClosedOK)):
+        with pytest.raises(ClientError):
             busy.infer({"prompt": "z"})
         assert service.wait_stopped() == 0
 
@@ -318,14 +319,14 @@ def test_drain_gives_up_after_drain_s():
         assert finish.wait(30)
 
     with start(service_config("action", drain_s=0.0), stubs(EchoPolicy(hook))) as service:
-        client = WebSocketClient(service.addresses["action"])
+        client = Client(service.addresses["action"], retry_lost=False)
         outcomes = []
 
         def robot():
             try:
                 outcomes.append(client.infer({"prompt": "x"}))
-            except (ConnectionClosedError, ConnectionClosedOK) as closed:
-                outcomes.append(closed)
+            except ConnectionLostError as lost:
+                outcomes.append(lost)
 
         thread = threading.Thread(target=robot)
         thread.start()
@@ -334,7 +335,7 @@ def test_drain_gives_up_after_drain_s():
         assert service.wait_stopped() == 1
         finish.set()
         thread.join(30)
-        assert isinstance(outcomes[0], ConnectionClosedError | ConnectionClosedOK)
+        assert isinstance(outcomes[0], ConnectionLostError)
 
 
 def test_a_client_that_connects_while_the_server_drains_is_told_to_go():
@@ -344,7 +345,7 @@ def test_a_client_that_connects_while_the_server_drains_is_told_to_go():
         working.set()
         assert finish.wait(30)
 
-    with start(service_config("action"), stubs(EchoPolicy(hook))) as service, WebSocketClient(service.addresses["action"]) as busy:
+    with start(service_config("action"), stubs(EchoPolicy(hook))) as service, Client(service.addresses["action"]) as busy:
         replies = []
         thread = threading.Thread(target=lambda: replies.append(busy.infer({"prompt": "x"})))
         thread.start()

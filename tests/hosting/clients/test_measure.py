@@ -11,9 +11,9 @@ import pytest
 from websockets.sync.server import ServerConnection
 
 from action.embodiments import Aloha
+from hosting.clients.errors import InferenceError
 from hosting.clients.measure import TestError, measure, render
-from hosting.clients.websocket import InferenceError
-from tests.hosting.clients.test_websocket import HELLO, server
+from tests.hosting.clients.scripted import HELLO, server
 from tests.serving import EchoPolicy, RunningService, service_config, start, stubs
 
 
@@ -49,16 +49,19 @@ def test_one_call_to_warm_up_and_then_the_timed_ones(service: RunningService, po
     assert (first != second).any(), "fresh images each time"
     assert report["embodiment"] == "aloha" and report["mode"] == "default" and report["metadata"]["slot"] == "action"
     assert report["reply"]["actions"] == "float64 [10, 14]" and report["reply"]["subtask"]["text"] == "first step of tidy"
-    assert list(report["ms"]) == ["client", "server", "policy", "planner"]
+    assert list(report["ms"]) == ["client", "network", "server", "overhead", "policy", "planner"]
     for ms in report["ms"].values():
-        assert 0 < ms["min"] <= ms["mean"] <= ms["max"]
+        assert ms["min"] <= ms["mean"] <= ms["max"]
+    means = {name: ms["mean"] for name, ms in report["ms"].items()}
+    assert means["client"] == pytest.approx(means["network"] + means["server"])
+    assert means["server"] == pytest.approx(means["overhead"] + means["policy"] + means["planner"])
     assert report["ms"]["policy"] == {"mean": 1.0, "min": 1.0, "max": 1.0}
     assert report["ms"]["client"]["min"] >= report["ms"]["server"]["min"]
 
 
 def test_times_that_the_server_does_not_report_are_absent(service: RunningService) -> None:
-    assert list(run(service.addresses["planner"])["ms"]) == ["client", "server", "planner"]
-    assert list(run(service.addresses["action"], mode="action_only")["ms"]) == ["client", "server", "policy"]
+    assert list(run(service.addresses["planner"])["ms"]) == ["client", "network", "server", "overhead", "planner"]
+    assert list(run(service.addresses["action"], mode="action_only")["ms"]) == ["client", "network", "server", "overhead", "policy"]
 
 
 def test_the_mode_and_the_embodiment_are_sent(service: RunningService, policy: AlohaEcho) -> None:
@@ -71,9 +74,9 @@ def test_the_mode_and_the_embodiment_are_sent(service: RunningService, policy: A
 def test_for_people(service: RunningService) -> None:
     lines = render(run(service.addresses["action"])).splitlines()
     assert lines[0] == f"{service.addresses['action']}  mode default, aloha observations"
-    assert lines[1:4] == ["subtask: 'first step of tidy'", "actions: float64 [10, 14]", f"{'ms':8}{'mean':>10}{'min':>10}{'max':>10}"]
-    assert [line.split()[0] for line in lines[4:]] == ["client", "server", "policy", "planner"]
-    assert lines[6] == f"{'policy':8}{1.0:10.2f}{1.0:10.2f}{1.0:10.2f}"
+    assert lines[1:4] == ["subtask: 'first step of tidy'", "actions: float64 [10, 14]", f"{'ms':9}{'mean':>10}{'min':>10}{'max':>10}"]
+    assert [line.split()[0] for line in lines[4:]] == ["client", "network", "server", "overhead", "policy", "planner"]
+    assert lines[8] == f"{'policy':9}{1.0:10.2f}{1.0:10.2f}{1.0:10.2f}"
 
 
 def test_a_server_whose_cameras_are_unknown() -> None:
@@ -99,15 +102,15 @@ def test_nobody_listens() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://localhost:8000", "ws://"])
-def test_no_websocket_url(url: str) -> None:
-    expected = rf"^cannot connect to {url}: .*isn't a valid URI.*; is the server running, and is this its WebSocket port\?$"
+def test_no_address(url: str) -> None:
+    expected = rf"^cannot connect to {url}: it isn't an address of a policy server; .*; is the server running, and is this its "
     with pytest.raises(TestError, match=expected):
         run(url)
 
 
 def test_the_admin_port_is_none_either(service: RunningService) -> None:
     url = service.addresses["admin"].replace("http://", "ws://")
-    with pytest.raises(TestError, match=rf"^cannot connect to {url}: server rejected WebSocket connection: HTTP 40\d; is the server running, "):
+    with pytest.raises(TestError, match=rf"^cannot connect to {url}: the server answered HTTP 40\d, not as a WebSocket; is the server running, "):
         run(url)
 
 
@@ -118,11 +121,11 @@ def test_a_server_that_goes_away_during_a_call() -> None:
 
     with server(converse) as url, pytest.raises(TestError) as error:
         run(url, embodiment="aloha")
-    assert str(error.value).startswith(f"the connection to {url} broke during call 1: ") and str(error.value).endswith("; see the server's log")
+    assert str(error.value).startswith(f"call 1: the connection to {url} broke: ") and str(error.value).endswith("; see the server's log")
     assert "\n" not in str(error.value)
 
 
 def test_a_reply_with_a_plain_value_is_shown_as_it_is() -> None:
     report = {"url": "ws://h", "mode": "default", "embodiment": "aloha", "reply": {"n": 1}, "ms": {"client": {"mean": 2.0, "min": 1.0, "max": 3.0}}}
-    assert render(report).splitlines()[1:] == [f"{'ms':8}{'mean':>10}{'min':>10}{'max':>10}", f"client  {2.0:10.2f}{1.0:10.2f}{3.0:10.2f}"]
+    assert render(report).splitlines()[1:] == [f"{'ms':9}{'mean':>10}{'min':>10}{'max':>10}", f"client   {2.0:10.2f}{1.0:10.2f}{3.0:10.2f}"]
     assert np.isfinite(report["ms"]["client"]["mean"])  # type: ignore[index]

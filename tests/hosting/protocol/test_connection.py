@@ -2,59 +2,218 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 import numpy as np
 import pytest
 
-from hosting.policy import MessageError
-from hosting.protocol import msgpack_numpy
-from hosting.protocol.connection import Connection
+from hosting.policy import MessageError, UnauthorizedError
+from hosting.protocol import local_frame, msgpack_numpy
+from hosting.protocol.connection import Call, Connection
+from hosting.protocol.messages import Message, MessageType
+from hosting.protocol.msgpack_numpy import Dialect
+from hosting.protocol.profiles import Profile, choose_profile
+from hosting.protocol.requests import InferRequest, MetadataRequest, ResetRequest
+
+TYPED = Profile("openpi", errors="map")
+RESULT = {"actions": np.arange(6.0).reshape(3, 2), "policy_timing": {"infer_ms": 2.0}, "subtask": {"text": "go"}}
+
+
+def infer(value: Any, dialect: Dialect = Dialect.OPENPI) -> Message:
+    return Message(MessageType.INFER, msgpack_numpy.pack(value, dialect))
+
+
+def frame(value: dict[str, Any], schema_id: str = "droid") -> Message:
+    return Message(MessageType.INFER_FRAME, local_frame.encode(value, schema_id))
+
+
+def answered(connection: Connection, message: Message, result: dict[str, Any] = RESULT) -> Message:
+    return connection.reply(connection.receive(message, 0.0), result, infer_ms=5.0)
+
+
+def unpacked(message: Message) -> Any:
+    return msgpack_numpy.unpack(message.body)
 
 
 def test_hello_is_the_metadata() -> None:
-    assert msgpack_numpy.unpack(Connection().hello({"reset_pose": [0.0], "action_horizon": 3})) == {"reset_pose": [0.0], "action_horizon": 3}
-    assert Connection().hello({}) == b"\x80"
+    assert unpacked(Connection().hello({"reset_pose": [0.0], "action_horizon": 3})) == {"reset_pose": [0.0], "action_horizon": 3}
+    assert Connection().hello({}) == (MessageType.METADATA_REPLY, b"\x80")
 
 
-def test_a_request_is_a_map_and_knows_when_it_came() -> None:
-    request = Connection().receive(msgpack_numpy.pack({"state": np.arange(3)}), 12.5)
-    assert request.arrived_s == 12.5 and request.observation["state"].tolist() == [0, 1, 2]
+def test_a_request_knows_when_it_came_and_how() -> None:
+    call = Connection().receive(infer({"state": np.arange(3), "seed": 4}), 12.5)
+    assert (call.asked, call.arrived_s) == (MessageType.INFER, 12.5)
+    assert isinstance(call.request, InferRequest)
+    assert call.request.rows[0].observation["state"].tolist() == [0, 1, 2] and call.request.rows[0].seed == 4
 
 
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        ("hello", "the request came as a text frame, expected a binary frame with a msgpack map"),
-        (b"", "the message is not msgpack as openpi clients send it (ValueError: Unpack failed: incomplete input)"),
-        (msgpack.packb([1, 2]), "the request is a list, expected a map of observation keys to values"),
-        (msgpack.packb(None), "the request is a NoneType, expected a map of observation keys to values"),
-        (msgpack_numpy.pack(np.zeros(2)), "the request is a ndarray, expected a map of observation keys to values"),
+        (Message(MessageType.TEXT, b"hello"), "the request came as a text frame, expected a binary frame with a msgpack map"),
+        (Message(MessageType.INFER, msgpack.packb([1, 2])), "the request is a list, expected a map of observation keys to values"),
+        (Message(MessageType.INFER, msgpack.packb(None)), "the request is a NoneType, expected a map of observation keys to values"),
+        (infer(np.zeros(2)), "the request is a ndarray, expected a map of observation keys to values"),
+        (Message(0x7F, b""), "message type 0x7f is none that a server takes; expected METADATA, INFER or RESET"),
+        (Message(MessageType.REPLY, b""), "message type 0x15 is none that a server takes; expected METADATA, INFER or RESET"),
+        (Message(MessageType.RESET, msgpack.packb([1])), "the body of message type 0x03 is a list, expected nothing or a map"),
+        (
+            Message(MessageType.RESET, msgpack.packb({"x": 1})),
+            "the body of message type 0x03 has 'x', expected nothing but session_id, session_ids",
+        ),
+        (Message(MessageType.METADATA, msgpack.packb({"seed": 1})), "the body of message type 0x01 has 'seed', expected nothing but api_key"),
     ],
 )
-def test_what_is_no_request(message: bytes | str, text: str) -> None:
+def test_what_is_no_request(message: Message, text: str) -> None:
     with pytest.raises(MessageError) as error:
         Connection().receive(message, 0.0)
     assert str(error.value) == text
 
 
+def test_a_reply_has_what_the_policy_gave_and_the_servers_timing() -> None:
+    reply = unpacked(answered(Connection(), infer({"state": 1, "request_id": "r7", "obs_index": 3}), {**RESULT, "server_timing": {"infer_ms": -1.0}}))
+    np.testing.assert_array_equal(reply.pop("actions"), RESULT["actions"])
+    assert reply == {
+        "policy_timing": {"infer_ms": 2.0},
+        "subtask": {"text": "go"},
+        "server_timing": {"infer_ms": 5.0},
+        "request_id": "r7",
+        "obs_index": 3,
+    }
+
+
 def test_timing_of_the_previous_request_runs_from_its_arrival_to_its_answer() -> None:
     connection = Connection()
-    frames = []
-    for arrived_s, sent_s in ((10.0, 10.25), (100.0, 100.5), (200.0, 200.1)):
-        request = connection.receive(b"\x80", arrived_s)
-        frames.append(connection.reply({"actions": np.zeros(1)}, infer_ms=7.0))
-        connection.sent(request, sent_s)
-    timings = [msgpack_numpy.unpack(frame)["server_timing"] for frame in frames]
-    assert timings == [{"infer_ms": 7.0}, {"infer_ms": 7.0, "prev_total_ms": 250.0}, {"infer_ms": 7.0, "prev_total_ms": 500.0}]
+    call = connection.receive(infer({}), 10.0)
+    assert unpacked(connection.reply(call, {}, infer_ms=5.0))["server_timing"] == {"infer_ms": 5.0}
+    connection.sent(10.25)
+    call = connection.receive(infer({}), 99.0)
+    assert unpacked(connection.reply(call, {}, infer_ms=6.0))["server_timing"] == {"infer_ms": 6.0, "prev_total_ms": 250.0}
 
 
-def test_server_timing_is_the_servers_and_the_policys_reply_is_not_changed() -> None:
-    result = {"server_timing": {"infer_ms": -1}, "text": "x"}
-    assert msgpack_numpy.unpack(Connection().reply(result, infer_ms=2.0)) == {"server_timing": {"infer_ms": 2.0}, "text": "x"}
-    assert result["server_timing"] == {"infer_ms": -1}
+def test_nothing_was_sent_before_the_first_reply() -> None:
+    connection = Connection()
+    connection.sent(3.0)
+    assert "prev_total_ms" not in unpacked(answered(connection, infer({})))["server_timing"]
 
 
-def test_a_reply_that_cannot_be_sent_is_an_error_not_a_frame() -> None:
-    with pytest.raises(TypeError, match="cannot send a set"):
-        Connection().reply({"x": {1, 2}}, infer_ms=1.0)
-    assert "prev_total_ms" not in msgpack_numpy.unpack(Connection().reply({}, infer_ms=1.0))["server_timing"]
+@pytest.mark.parametrize("dialect", Dialect)
+def test_the_first_array_decides_the_dialect_of_all_answers(dialect: Dialect) -> None:
+    connection = Connection()
+    assert answered(connection, infer({"prompt": "no array yet"})).body == msgpack_numpy.pack({**RESULT, "server_timing": {"infer_ms": 5.0}})
+    connection = Connection()
+    for message in (infer({"x": 1}), infer({"state": np.zeros(2)}, dialect), infer({"x": 1})):
+        body = answered(connection, message).body
+    assert body == msgpack_numpy.pack({**RESULT, "server_timing": {"infer_ms": 5.0}}, dialect)
+
+
+def test_a_local_frame_is_answered_with_one_of_its_schema() -> None:
+    message = answered(Connection(TYPED), frame({"state": np.zeros(2, np.float32), "prompt": "hi"}))
+    assert message.type == MessageType.FRAME_REPLY
+    decoded = local_frame.decode(message.body)
+    assert decoded.schema_id == "droid"
+    np.testing.assert_array_equal(decoded.value["actions"], RESULT["actions"])
+    assert decoded.value["server_timing"] == {"infer_ms": 5.0} and decoded.value["subtask"] == {"text": "go"}
+
+
+class TestProfiles:
+    def test_a_bare_array(self) -> None:
+        reply = unpacked(answered(Connection(choose_profile("/openpi/policy", "")), infer({"request_id": 3})))
+        assert reply.dtype == np.float32
+        np.testing.assert_array_equal(reply, RESULT["actions"])
+
+    def test_a_reply_without_actions_stays_a_map(self) -> None:
+        reply = unpacked(answered(Connection(choose_profile("/openpi/policy", "")), infer({}), {"subtask": {"text": "go"}}))
+        assert reply == {"subtask": {"text": "go"}, "server_timing": {"infer_ms": 5.0}}
+
+    def test_arrays_only(self) -> None:
+        reply = unpacked(answered(Connection(choose_profile("/", "reply=arrays&response_key=action")), infer({})))
+        assert reply.keys() == {"action"} and reply["action"].dtype == np.float32
+
+    def test_another_name_for_the_actions(self) -> None:
+        reply = unpacked(answered(Connection(choose_profile("/", "response_key=action")), infer({})))
+        assert reply.keys() == {"action", "policy_timing", "subtask", "server_timing"}
+
+
+class TestResets:
+    @pytest.mark.parametrize(
+        ("profile", "message", "answer"),
+        [
+            ("", infer({"endpoint": "reset"}), Message(MessageType.RESET_REPLY, b"reset successful")),
+            ("profile=roboarena", infer({"endpoint": "reset"}), Message(MessageType.RESET_REPLY, b"reset successful")),
+            (
+                "profile=vllm",
+                infer({"endpoint": "reset", "request_id": 4}),
+                Message(MessageType.REPLY, msgpack.packb({"status": "reset successful", "request_id": 4})),
+            ),
+            ("", Message(MessageType.RESET, b""), Message(MessageType.RESET_REPLY, b"")),
+            (
+                "",
+                frame({"endpoint": "reset"}, "x"),
+                Message(MessageType.FRAME_REPLY, local_frame.encode({"status": "reset successful"}, "x")),
+            ),
+        ],
+    )
+    def test_are_confirmed_in_kind(self, profile: str, message: Message, answer: Message) -> None:
+        connection = Connection(choose_profile("/", profile))
+        call = connection.receive(message, 0.0)
+        assert call.request == ResetRequest(None, {"request_id": 4} if "vllm" in profile else {})
+        assert connection.reset_done(call) == answer
+
+    def test_name_their_sessions(self) -> None:
+        message = Message(MessageType.RESET, msgpack.packb({"session_ids": ["a", 3]}))
+        assert Connection().receive(message, 0.0).request == ResetRequest(("a", "3"))
+
+
+class TestFailures:
+    def test_are_text_by_default(self) -> None:
+        for message in (infer({}), frame({}), Message(MessageType.TEXT, b""), Message(MessageType.RESET, b"x")):
+            assert Connection().failure(message, None, code="message", text="größer") == (MessageType.ERROR, "größer".encode())
+
+    def test_are_maps_for_who_asked_with_msgpack_and_wants_them(self) -> None:
+        connection = Connection(TYPED)
+        message = infer({"request_id": "r"})
+        call = connection.receive(message, 0.0)
+        failed = connection.failure(message, call, code="observation", text="no")
+        assert failed.type == MessageType.FAILURE
+        assert unpacked(failed) == {"type": "error", "code": "observation", "message": "no", "request_id": "r"}
+        assert unpacked(connection.failure(message, None, code="message", text="no")) == {"type": "error", "code": "message", "message": "no"}
+        for other in (frame({}), Message(MessageType.METADATA, b"")):
+            assert connection.failure(other, None, code="message", text="no") == (MessageType.ERROR, b"no")
+
+    def test_of_a_batch_repeat_all_ids(self) -> None:
+        connection = Connection(TYPED)
+        message = infer({"batch": [{"request_id": "a"}, {}]})
+        failed = connection.failure(message, connection.receive(message, 0.0), code="x", text="no")
+        assert unpacked(failed)["request_id"] == ["a", None]
+
+
+class TestKeys:
+    def test_nothing_is_answered_before_the_key_came(self) -> None:
+        connection = Connection(api_key="sesame")
+        for message in (infer({}), frame({}), Message(MessageType.RESET, b""), Message(0x55, b"")):
+            with pytest.raises(UnauthorizedError, match=r"^unauthorized: this server wants an API key before anything else"):
+                connection.receive(message, 0.0)
+
+    @pytest.mark.parametrize(
+        ("body", "problem"),
+        [
+            (b"", "unauthorized: no API key came; give the server's api_key"),
+            (msgpack.packb({"api_key": "Sesame"}), "unauthorized: this is not the API key; give the server's api_key"),
+            (msgpack.packb({"api_key": 5}), "unauthorized: this is not the API key; give the server's api_key"),
+        ],
+    )
+    def test_a_wrong_one_opens_nothing(self, body: bytes, problem: str) -> None:
+        connection = Connection(api_key="sesame")
+        with pytest.raises(UnauthorizedError) as error:
+            connection.receive(Message(MessageType.METADATA, body), 0.0)
+        assert str(error.value) == problem
+        with pytest.raises(UnauthorizedError):
+            connection.receive(infer({}), 0.0)
+
+    def test_the_right_one_opens(self) -> None:
+        connection = Connection(api_key="sesame")
+        call = connection.receive(Message(MessageType.METADATA, msgpack.packb({"api_key": "sesame"})), 1.0)
+        assert call == Call(MetadataRequest(), MessageType.METADATA, 1.0)
+        connection.receive(infer({}), 0.0)

@@ -19,7 +19,8 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import connect
 
-from hosting.service import _server_config
+from hosting.config import WebSocketConfig
+from hosting.listeners import server_config
 from hosting.transports.bulk_websocket import BulkWebSocketProtocol
 
 MAX_SIZE = 400_000
@@ -338,7 +339,7 @@ async def test_a_header_alone_reserves_little_and_more_only_as_data_comes():
 def serving(app, max_size: int = 16 * 1024 * 1024):
     """``app`` as the service serves it, in a thread; yields the address."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(_server_config(app, max_size))
+    server = uvicorn.Server(server_config(app, max_message_bytes=max_size, kept=WebSocketConfig()))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
     thread.start()
     try:
