@@ -42,9 +42,9 @@ $(VENV): pyproject.toml constraints.txt Makefile
 	.venv-openpi-client/bin/pip --disable-pip-version-check --quiet install openpi-client==0.1.2 typing-extensions
 	@touch $@
 
-# The HUD harness brings 450 MB of its own; `make test` skips its tests where this was not made.
+# The HUD harness (450 MB), and our clients on its numpy 1; `make test` skips its tests where this was not made.
 .venv-hud/.ok: Makefile
 	@echo "Making .venv-hud"
 	$(PY) -m venv .venv-hud
-	.venv-hud/bin/pip --disable-pip-version-check --quiet install 'hud[robot]==0.6.21'
+	.venv-hud/bin/pip --disable-pip-version-check --quiet install 'hud[robot]==0.6.21' 'qh3==2.1.0' 'simplejpeg==1.9.0'
 	@touch $@

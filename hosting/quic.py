@@ -1,4 +1,5 @@
-"""QUIC as this package uses it: messages in streams. The one module that knows qh3; sans-I/O, time and datagrams are handed in.
+"""QUIC as this package uses it: messages in streams. Sans-I/O: time and datagrams are handed in. With
+``hosting/quic_settings.py`` the only module that knows qh3.
 
 A client opens one bidirectional stream for each request and sends ``type byte, body, FIN``; the answer comes back on the same stream in the same
 form. A lost packet so delays only its own request. A client that no longer wants an answer resets the stream (RESET_STREAM and STOP_SENDING).
@@ -9,10 +10,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -21,21 +20,15 @@ from qh3.quic.configuration import QuicConfiguration
 from qh3.quic.connection import QuicConnection, QuicConnectionError
 from qh3.quic.packet import QuicErrorCode
 
-from hosting.certificates import Certificate
 from hosting.protocol.messages import Message, MessageType
 from hosting.protocol.striping import PART_HEADER_BYTES
+from hosting.quic_endings import Ended, Why, ending
 from hosting.udp import Address, Received
 
 logger = logging.getLogger(__name__)
 # It warns of every connection that its peer closes; what matters of that reaches our own log, in our words.
 logging.getLogger("quic").setLevel(logging.ERROR)
 
-ALPN = "tandem/1"
-CONNECTION_ID_BYTES = 8
-IDLE_TIMEOUT_S = 600.0
-"""Of both ends: a robot that pauses for minutes keeps its connection and need not keep it alive."""
-LOOPBACK_DATAGRAM_BYTES = 8192
-"""Within one machine (environment-and-quic.md §2.3). 16 KB and more stall small requests in the pacer."""
 QUIC_VERSION = 1
 MIN_INITIAL_BYTES = 1200
 _SLICE_BYTES = 64 * 1024
@@ -43,60 +36,8 @@ _MAX_FAILURES = 8
 _STUCK_S = 0.05
 _CANCELLED = 1
 _TOO_LARGE = 2
-_TLS_ALERT = int(QuicErrorCode.CRYPTO_ERROR)
-_CERTIFICATE_ALERTS = range(_TLS_ALERT + 42, _TLS_ALERT + 50)
-_NO_APPLICATION_PROTOCOL = _TLS_ALERT + 120
-_DECRYPT_ERROR = _TLS_ALERT + 51
 
 Buffer = bytes | bytearray | memoryview
-
-
-def server_configuration(certificate: Certificate, *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> QuicConfiguration:
-    """What a server's connections share; connections that come after a change of it use the change."""
-    configuration = QuicConfiguration(is_client=False, alpn_protocols=[ALPN], connection_id_length=CONNECTION_ID_BYTES, idle_timeout=idle_timeout_s)
-    configuration.load_cert_chain(certificate.chain_pem, certificate.key_pem)
-    return configuration
-
-
-def client_configuration(
-    server_name: str,
-    *,
-    pin: str | None = None,
-    cafile: str | None = None,
-    verify: bool = True,
-    loopback: bool = False,
-    idle_timeout_s: float = IDLE_TIMEOUT_S,
-) -> QuicConfiguration:
-    """Of one connection.
-
-    Args:
-        server_name: what the certificate must be for, when a CA vouches for it.
-        pin: the certificate's SHA-256 in 64 lower-case digits; it then is what is checked, and nothing else.
-        cafile: PEM certificates to trust instead of the system's.
-        verify: False takes any certificate.
-        loopback: the peer is on this machine, where datagrams may be large.
-    """
-    configuration = QuicConfiguration(
-        is_client=True, alpn_protocols=[ALPN], connection_id_length=CONNECTION_ID_BYTES, idle_timeout=idle_timeout_s, server_name=server_name
-    )
-    if pin is not None:
-        configuration.verify_mode, configuration.assert_fingerprint = ssl.CERT_NONE, pin
-    elif verify:
-        configuration.verify_mode, configuration.cafile = ssl.CERT_REQUIRED, cafile
-    else:
-        configuration.verify_mode = ssl.CERT_NONE
-    if loopback:
-        configuration.max_datagram_size = LOOPBACK_DATAGRAM_BYTES
-    return configuration
-
-
-class Why(Enum):
-    """Why a connection ended, as far as callers have to know."""
-
-    CLOSED = "closed"
-    IDLE = "idle"
-    CERTIFICATE = "certificate"
-    PROTOCOL = "protocol"
 
 
 class Established(NamedTuple):
@@ -131,13 +72,6 @@ class IdsChanged(NamedTuple):
 
 
 Event = Established | Arrived | Rejected | Cancelled | IdsChanged
-
-
-class Ended(NamedTuple):
-    """How a connection ended."""
-
-    why: Why
-    text: str
 
 
 @dataclass
@@ -196,7 +130,7 @@ class MessageConnection:
         if self._failed is not None:
             return self._failed
         closed = self._quic._close_event  # the public event comes three timeouts later
-        return None if closed is None else _ended(closed.error_code, closed.reason_phrase)
+        return None if closed is None else ending(closed.error_code, closed.reason_phrase)
 
     @property
     def unanswered(self) -> int:
@@ -417,19 +351,6 @@ class MessageConnection:
                 self._quic.close(int(QuicErrorCode.INTERNAL_ERROR), reason_phrase="internal error")
             except QuicConnectionError:
                 self._dead = True
-
-
-def _ended(code: int, phrase: str) -> Ended:
-    """A CONNECTION_CLOSE in words for people. Codes: RFC 9000 §20.1; TLS alerts are 0x100 above theirs (RFC 9001 §4.8)."""
-    if phrase == "Idle timeout":
-        return Ended(Why.IDLE, "nothing was heard from the other side for too long")
-    if code == _NO_APPLICATION_PROTOCOL or "ALPN" in phrase:
-        return Ended(Why.PROTOCOL, f"the two sides have no application protocol in common; this one speaks {ALPN!r}")
-    if code in _CERTIFICATE_ALERTS or code == _DECRYPT_ERROR:
-        return Ended(Why.CERTIFICATE, phrase)
-    if code == QuicErrorCode.NO_ERROR:
-        return Ended(Why.CLOSED, phrase or "the other side closed the connection")
-    return Ended(Why.PROTOCOL, f"{phrase or 'protocol error'} (QUIC error 0x{code:x})")
 
 
 def _alternative_name(written: str) -> str:

@@ -12,7 +12,8 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING
 
-from hosting.quic import CONNECTION_ID_BYTES, MIN_INITIAL_BYTES, QUIC_VERSION, Event, IdsChanged, MessageConnection
+from hosting.quic import MIN_INITIAL_BYTES, QUIC_VERSION, Event, IdsChanged, MessageConnection
+from hosting.quic_settings import CONNECTION_ID_BYTES
 from hosting.udp import Address, Received
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Peer:
         greeted: it has got the metadata, and so is known to be allowed to ask.
         gone: its end has been reported.
         answered_s: when it was last sent an answer.
+        source: what its latest datagrams came to (:attr:`hosting.udp.Received.source`).
     """
 
     def __init__(self, connection: MessageConnection, ids: set[bytes], deadline_s: float) -> None:
@@ -41,6 +43,7 @@ class Peer:
         self.greeted = False
         self.gone = False
         self.answered_s = 0.0
+        self.source = b""
         self.armed_s: float | None = None
 
 
@@ -88,7 +91,7 @@ class Router:
             answers: list[bytes] = []
             for start in range(0, len(data), size):
                 datagram = data[start : start + size]
-                answers += self.receive(Received(datagram, len(datagram), received.address, received.arrived_s), now)
+                answers += self.receive(Received(datagram, len(datagram), received.address, received.arrived_s, received.source), now)
             return answers
         if len(data) <= CONNECTION_ID_BYTES:
             return []
@@ -106,6 +109,7 @@ class Router:
                 peer = self._accept(destination, now)
         if peer is not None:
             peer.connection.receive(received, now)
+            peer.source = received.source
             self._touched[peer] = None
         return []
 

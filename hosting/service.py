@@ -70,6 +70,7 @@ class Service:
         self._loaders = loaders or Loaders(load_action, load_planner)
         self._handle_signals = handle_signals
         self._stop = asyncio.Event()
+        self._exit_code = 0
         self.ready = asyncio.Event()
         self.addresses: dict[str, str] = {}
         """Endpoint → URL, once bound: ``action``, ``action quic``, ``action unix``, the same of ``planner``, ``admin``."""
@@ -80,7 +81,7 @@ class Service:
         self._live = LiveSettings(_prompt_settings(config))
 
     async def serve(self) -> int:
-        """Serve until told to stop; returns the exit code: 0, or 1 when accepted requests did not finish in ``drain_s``.
+        """Serve until told to stop; returns the exit code: 0, or 1 when accepted requests did not finish in ``drain_s`` or an endpoint broke down.
 
         Raises:
             ConfigError: an address cannot be bound.
@@ -93,18 +94,17 @@ class Service:
             try:
                 self._bind()
                 for listener in self._listeners.values():
-                    starting = listener.start()
-                    if starting is not None:
-                        await starting
+                    await listener.start()
                 await self._until_stopped(self._load())
                 if not self._stop.is_set():
-                    # What is loaded by now stays; the garbage collector need not look at it again while robots wait.
-                    gc.collect()
-                    gc.freeze()
+                    if self._handle_signals:
+                        # The process is ours: what is loaded by now stays, and the garbage collector need not look at it while robots wait.
+                        gc.collect()
+                        gc.freeze()
                     logger.info("%s (after %.1f s)", self.ready_line(), time.perf_counter() - started_s)
                     self.ready.set()
                     await self._stop.wait()
-                return await self._drain()
+                return await self._drain() or self._exit_code
             finally:
                 for endpoint in self._endpoints.values():
                     endpoint.close()
@@ -116,6 +116,14 @@ class Service:
     def stopping(self) -> bool:
         """Whether it has been told to stop."""
         return self._stop.is_set()
+
+    def _broken(self, failed: asyncio.Future[None]) -> None:
+        """An endpoint cannot go on: end the process in good order, so that whoever supervises it starts a new one."""
+        if failed.cancelled() or self._stop.is_set():
+            return
+        logger.critical("an endpoint broke down (%s); stopping", failed.exception())
+        self._exit_code = 1
+        self._stop.set()
 
     def stop(self) -> None:
         """Begin to drain; a second call ends the process at once, whatever is in flight."""
@@ -189,7 +197,8 @@ class Service:
         config = self.config
         if self._certificate is None:
             self._certificate = _certificate(config)
-        return QuicTransport(
+            logger.info("QUIC clients can pin this server's certificate: sha256 %s", self._certificate.sha256)
+        transport = QuicTransport(
             config.host,
             port,
             partial(self._converse, slot, config.api_key),
@@ -198,6 +207,8 @@ class Service:
             loop=asyncio.get_running_loop(),
             field=field,
         )
+        transport.failed.add_done_callback(self._broken)
+        return transport
 
     async def _load(self) -> None:
         """Load and warm up the slots side by side, then open their endpoints together."""

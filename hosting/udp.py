@@ -23,6 +23,7 @@ BUFFER_BYTES = 4 << 20
 _LINUX = sys.platform == "linux"
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _SO_TIMESTAMPNS = 35
+_IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _MAX_SEGMENTS = 64
 _MAX_RUN_BYTES = 65_000
@@ -45,6 +46,8 @@ class Received(NamedTuple):
     address: Address
     arrived_s: float
     """On ``time.monotonic``'s clock: when the kernel got them (``timestamps=True``), else when they were read."""
+    source: bytes = b""
+    """For :meth:`UdpSocket.send`: answers leave from the address that was asked, which a socket bound to all addresses has to be told."""
 
 
 class UdpSocket:
@@ -69,7 +72,10 @@ class UdpSocket:
             # Path-MTU discovery is QUIC's: a datagram that is too large must be lost, not cut up.
             level, option = (socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER) if self._scoped else (socket.IPPROTO_IP, _IP_MTU_DISCOVER)
             _accepts(sock, level, option, _PMTUDISC_PROBE)
-        self._backlog: deque[tuple[list[bytes], Address]] = deque()
+            if not self._connected and sock.getsockname()[0] in ("0.0.0.0", "::"):
+                level, option = (socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO) if self._scoped else (socket.IPPROTO_IP, _IP_PKTINFO)
+                _accepts(sock, level, option, 1)
+        self._backlog: deque[tuple[list[bytes], Address, bytes]] = deque()
 
     @classmethod
     def bind(cls, host: str, port: int) -> UdpSocket:
@@ -138,24 +144,31 @@ class UdpSocket:
                 return
             if flags & socket.MSG_TRUNC or not data:
                 continue
-            segment_bytes, arrived_s = len(data), time.monotonic()
+            segment_bytes, arrived_s, source = len(data), time.monotonic(), b""
             for level, kind, value in ancillary:
                 if level == _SOL_UDP and kind == _UDP_GRO:
                     (segment_bytes,) = _INT.unpack_from(value)
                 elif level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
                     seconds, nanoseconds = _TIMESPEC.unpack_from(value)
                     arrived_s = min(arrived_s, arrived_s - (time.time() - seconds - nanoseconds * 1e-9))
+                elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+                    source = bytes(4) + value[4:8] + bytes(4)  # whatever interface: only the address matters
+                elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+                    source = bytes(value)
             if self._scoped and "%" in address[0]:
                 address = (address[0].partition("%")[0], *address[1:])  # the scope is in the tuple already
-            yield Received(data, segment_bytes, address, arrived_s)
+            yield Received(data, segment_bytes, address, arrived_s, source)
 
-    def send(self, datagrams: Sequence[bytes], address: Address) -> None:
+    def send(self, datagrams: Sequence[bytes], address: Address, source: bytes = b"") -> None:
         """Send datagrams in their order; what the kernel has no room for waits for :meth:`flush`.
+
+        Args:
+            source: :attr:`Received.source` of what is being answered.
 
         Raises:
             OSError: as :meth:`flush`.
         """
-        self._backlog.extend((run, address) for run in runs(datagrams, batched=self._gso))
+        self._backlog.extend((run, address, source) for run in runs(datagrams, batched=self._gso))
         self.flush()
 
     @property
@@ -170,23 +183,25 @@ class UdpSocket:
             OSError: what could not be sent is dropped, as a network drops datagrams.
         """
         while self._backlog:
-            run, address = self._backlog.popleft()
+            run, address, source = self._backlog.popleft()
             try:
-                self._send_run(run, address)
+                self._send_run(run, address, source)
             except (BlockingIOError, InterruptedError):
-                self._backlog.appendleft((run, address))
+                self._backlog.appendleft((run, address, source))
                 return
             except OSError as error:
                 if len(run) > 1:
                     if error.errno in _GSO_REFUSED:
                         logger.debug("the kernel refuses UDP_SEGMENT (%s): datagrams are sent one by one", error.strerror)
                         self._gso = False
-                    self._backlog.extendleft(([datagram], address) for datagram in reversed(run))
+                    self._backlog.extendleft(([datagram], address, source) for datagram in reversed(run))
                 elif error.errno != errno.EMSGSIZE:  # EMSGSIZE: a path-MTU probe that did not fit, which is its answer
                     raise
 
-    def _send_run(self, run: list[bytes], address: Address) -> None:
+    def _send_run(self, run: list[bytes], address: Address, source: bytes) -> None:
         ancillary = [(_SOL_UDP, _UDP_SEGMENT, _U16.pack(len(run[0])))] if len(run) > 1 else []
+        if source:
+            ancillary.append((socket.IPPROTO_IPV6, _IPV6_PKTINFO, source) if self._scoped else (socket.IPPROTO_IP, _IP_PKTINFO, source))
         if self._connected:
             self._sock.sendmsg(run, ancillary)
         else:

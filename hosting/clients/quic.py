@@ -21,7 +21,9 @@ from hosting.clients.link import Buffer
 from hosting.clients.quic_channel import PING_AFTER_S, Channel, pump
 from hosting.protocol.messages import Message, MessageType
 from hosting.protocol.striping import MAX_PARTS, TRANSFER_ID_BYTES, split
-from hosting.quic import ALPN, IDLE_TIMEOUT_S, Cancelled, Rejected, Why, client_configuration
+from hosting.quic import Cancelled, Rejected
+from hosting.quic_endings import Why
+from hosting.quic_settings import ALPN, IDLE_TIMEOUT_S, client_configuration
 from hosting.udp import Address
 
 STRIPE_MIN_BYTES = 64 * 1024

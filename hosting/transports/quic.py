@@ -20,8 +20,9 @@ from typing import Protocol
 from hosting.certificates import Certificate
 from hosting.protocol.messages import Message, MessageType
 from hosting.protocol.striping import Assembler
-from hosting.quic import IDLE_TIMEOUT_S, Arrived, Cancelled, Rejected, server_configuration
+from hosting.quic import Arrived, Cancelled, Rejected
 from hosting.quic_router import Peer, Router
+from hosting.quic_settings import IDLE_TIMEOUT_S, server_configuration
 from hosting.udp import Address, UdpSocket
 from pi0.errors import ConfigError, MessageError
 
@@ -121,7 +122,7 @@ class QuicTransport:
             *(batched[flag] for flag in self._socket.batched),
         )
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to serve. Answers may wait for as long as their conversation makes them."""
         assert self._socket is not None, "bind() comes first"
         self._thread.start()
@@ -179,7 +180,7 @@ class QuicTransport:
             try:
                 for received in udp.receive():
                     for datagram in router.receive(received, now):
-                        udp.send([datagram], received.address)
+                        udp.send([datagram], received.address, received.source)
                 udp.flush()
             except OSError as error:
                 logger.debug("UDP: %s", error)
@@ -231,8 +232,10 @@ class QuicTransport:
     def _is_finished(self, peer: Peer, now: float) -> bool:
         """Whether a connection may be closed in a drain."""
         connection = peer.connection
-        if self._leave_at_s is None and (connection.unanswered or not connection.established):
+        if self._leave_at_s is None and (not connection.established or (connection.unanswered and peer.greeted)):
             return False
+        if not peer.greeted:
+            return True  # it has not been let in, and will not be
         # A client that sleeps between requests does not acknowledge the last frames, which only are about stream limits.
         return connection.delivered or now >= peer.answered_s + _DELIVERY_S
 
@@ -243,7 +246,7 @@ class QuicTransport:
         for end in range(1, len(datagrams) + 1):
             if end == len(datagrams) or datagrams[end][1] != datagrams[start][1]:
                 try:
-                    self._socket.send([datagram for datagram, _ in datagrams[start:end]], datagrams[start][1])
+                    self._socket.send([datagram for datagram, _ in datagrams[start:end]], datagrams[start][1], peer.source)
                 except OSError as error:
                     logger.debug("UDP to %s: %s", datagrams[start][1], error)  # lost, as if on its way
                 start = end

@@ -19,7 +19,7 @@ from aioquic.quic.events import StreamDataReceived, StreamReset
 from hosting.clients.errors import ReplyTimeoutError
 from hosting.clients.quic import QuicLink
 from hosting.protocol.messages import MessageType
-from hosting.quic import ALPN
+from hosting.quic_settings import ALPN
 from tests.hosting.quic_support import certificate, digest, serving
 
 TIMEOUT_S = 20.0

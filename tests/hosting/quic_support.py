@@ -17,7 +17,9 @@ import msgpack
 
 from hosting.certificates import Certificate, local_certificate
 from hosting.protocol.messages import Message, MessageType
-from hosting.quic import ALPN, Ended, Event, IdsChanged, MessageConnection, client_configuration, server_configuration
+from hosting.quic import Event, IdsChanged, MessageConnection
+from hosting.quic_endings import Ended
+from hosting.quic_settings import ALPN, client_configuration, server_configuration
 from hosting.transports.quic import QuicTransport
 from hosting.udp import Received
 
@@ -156,7 +158,7 @@ class LiveServer:
         self._thread.start()
         self.transport: QuicTransport = self.call(self._make)
         self.transport.bind()
-        self.transport.start()
+        self.wait(self.transport.start())
         self.host, self.port = self.transport.address[:2]
         return self
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
 from hosting.certificates import CERTIFICATE_FILE, KEY_FILE, load_certificate, local_certificate, normalize_sha256
-from hosting.quic import server_configuration
+from hosting.quic_settings import server_configuration
 from pi0.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from hosting.protocol.messages import Message, MessageType
-from hosting.quic import Arrived, Cancelled, Established, Rejected, Why
+from hosting.quic import Arrived, Cancelled, Established, Rejected
+from hosting.quic_endings import Why
 from hosting.udp import Received
 from tests.hosting.quic_support import CLIENT_ADDRESS, LIMIT, Pair, certificate
 
@@ -222,7 +223,7 @@ def test_a_certificate_that_is_not_trusted(options, words):
 
 
 def test_a_client_of_another_protocol_is_told(monkeypatch):
-    monkeypatch.setattr("hosting.quic.ALPN", "h3")
+    monkeypatch.setattr("hosting.quic_settings.ALPN", "h3")
     pair = Pair(server_protocol="tandem/1")
     pair.run(lambda: pair.client.ended)
     assert pair.client.ended.why is Why.PROTOCOL

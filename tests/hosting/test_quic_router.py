@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosting.protocol.messages import MessageType
-from hosting.quic import Arrived, MessageConnection, client_configuration, server_configuration
+from hosting.quic import Arrived, MessageConnection
 from hosting.quic_router import Router
+from hosting.quic_settings import client_configuration, server_configuration
 from hosting.udp import Received
 from tests.hosting.quic_support import SERVER_ADDRESS, certificate
 

@@ -2,6 +2,8 @@
 
 import socket
 import threading
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -363,3 +365,19 @@ def test_a_client_that_connects_while_the_server_drains_is_told_to_go():
         thread.join(30)
         assert "actions" in replies[0]
         assert service.wait_stopped() == 0
+
+
+def test_an_endpoint_that_breaks_down_ends_the_service_with_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transport = ActionTransportConfig(websocket_port=0, quic_port=0, unix_socket_path=None)
+    with start(service_config("action", action_transport=transport, quic_certificate_dir=str(tmp_path)), stubs()) as service:
+        quic = service.service._listeners["action quic"]
+
+        def break_down(received: Any, now: float) -> None:
+            raise RuntimeError("a bug of ours")
+
+        quic._router.receive = break_down  # type: ignore[attr-defined]
+        host, port = service.addresses["action quic"].removeprefix("quic://").split(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (host, int(port)))
+        assert service.wait_stopped() == 1
+    assert any("an endpoint broke down (a bug of ours); stopping" in record.message for record in caplog.records)

@@ -177,7 +177,7 @@ def test_a_host_without_address():
 
 
 def test_another_protocol(server, monkeypatch):
-    monkeypatch.setattr("hosting.quic.ALPN", "h3")
+    monkeypatch.setattr("hosting.quic_settings.ALPN", "h3")
     assert "the two sides have no application protocol in common" in refusal(server)
 
 
@@ -263,11 +263,11 @@ def test_lost_datagrams_are_sent_again(server, monkeypatch, connections):
     send = UdpSocket.send
     dropped = 0
 
-    def lossy(self, datagrams, address):
+    def lossy(self, datagrams, *where):
         nonlocal dropped
         kept = [datagram for datagram in datagrams if chance.random() > 0.03]
         dropped += len(datagrams) - len(kept)
-        send(self, kept, address)
+        send(self, kept, *where)
 
     link = link_to(server, connections=connections)
     monkeypatch.setattr(UdpSocket, "send", lossy)

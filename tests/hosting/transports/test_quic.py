@@ -47,6 +47,15 @@ def test_requests_are_answered(host):
         assert len(server.conversations) == 1
 
 
+@pytest.mark.parametrize(("bound", "asked"), [("0.0.0.0", "127.0.0.2"), ("::", "::1"), ("0.0.0.0", "127.0.0.1")])
+def test_a_server_on_all_addresses_answers_from_the_one_that_was_asked(bound, asked):
+    with serving(host=bound) as server:
+        link = QuicLink(asked, server.port, pin=certificate().sha256)
+        body = os.urandom(100_000)
+        assert ask(link, body) == digest(body)
+        link.close()
+
+
 def test_the_conversation_hears_when_an_answer_has_left():
     with serving() as server:
         link = link_to(server)
@@ -220,9 +229,9 @@ def test_hostile_datagrams_disturb_nobody(monkeypatch):
     captured: list[bytes] = []
     send = UdpSocket.send
 
-    def capture(self, datagrams, address):
+    def capture(self, datagrams, *where):
         captured.extend(datagrams)
-        send(self, datagrams, address)
+        send(self, datagrams, *where)
 
     chance = random.Random(20)
     with serving() as server:
@@ -268,7 +277,7 @@ async def test_bytes_that_upset_the_router_do_not_end_the_thread_silently(caplog
         raise RuntimeError("a bug of ours")
 
     transport._router.receive = break_down
-    transport.start()
+    await transport.start()
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sender.sendto(b"x", transport.address)
     sender.close()
@@ -305,9 +314,9 @@ def test_draining_closes_the_idle_and_lets_the_others_finish():
         thread = threading.Thread(target=lambda: answers.append(ask(busy, b"hold the door")))
         thread.start()
         assert server.holding.wait(TIMEOUT_S)
-        peers = server.transport._router.peers
-        assert pump(idle._channels, lambda: any(peer.connection.delivered for peer in peers), time.monotonic() + TIMEOUT_S)
         server.wait(server.transport.close_idle())
+        assert pump(idle._channels, lambda: idle._channels[0].lost is not None, time.monotonic() + TIMEOUT_S)
+        assert idle._channels[0].lost == CLOSING_REASON
         with pytest.raises(ConnectError, match=CLOSING_REASON):
             ask(idle, b"x")
         with pytest.raises(ConnectError, match=CLOSING_REASON):
@@ -348,3 +357,15 @@ def test_a_transport_that_was_never_started_closes():
         await transport.close()
 
     asyncio.run(run())
+
+
+def test_a_thread_whose_event_loop_was_closed_ends():
+    loop = asyncio.new_event_loop()
+    transport = QuicTransport("127.0.0.1", 0, lambda: None, certificate=certificate(), max_message_bytes=LIMIT, loop=loop)
+    transport.bind()
+    loop.run_until_complete(transport.start())
+    loop.close()
+    with pytest.raises(ConnectError):
+        QuicLink(*transport.address, pin=certificate().sha256)
+    transport._thread.join(TIMEOUT_S)
+    assert not transport._thread.is_alive()

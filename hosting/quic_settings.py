@@ -1,0 +1,55 @@
+"""The settings of our QUIC connections. With ``hosting/quic.py`` the only module that knows qh3."""
+
+from __future__ import annotations
+
+import ssl
+
+from qh3.quic.configuration import QuicConfiguration
+
+from hosting.certificates import Certificate
+
+ALPN = "tandem/1"
+CONNECTION_ID_BYTES = 8
+IDLE_TIMEOUT_S = 600.0
+"""Of both ends: a robot that pauses for minutes keeps its connection and need not keep it alive."""
+LOOPBACK_DATAGRAM_BYTES = 8192
+"""Within one machine (environment-and-quic.md §2.3). 16 KB and more stall small requests in the pacer."""
+
+
+def server_configuration(certificate: Certificate, *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> QuicConfiguration:
+    """What a server's connections share; connections that come after a change of it use the change."""
+    configuration = QuicConfiguration(is_client=False, alpn_protocols=[ALPN], connection_id_length=CONNECTION_ID_BYTES, idle_timeout=idle_timeout_s)
+    configuration.load_cert_chain(certificate.chain_pem, certificate.key_pem)
+    return configuration
+
+
+def client_configuration(
+    server_name: str,
+    *,
+    pin: str | None = None,
+    cafile: str | None = None,
+    verify: bool = True,
+    loopback: bool = False,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+) -> QuicConfiguration:
+    """Of one connection.
+
+    Args:
+        server_name: what the certificate must be for, when a CA vouches for it.
+        pin: the certificate's SHA-256 in 64 lower-case digits; it then is what is checked, and nothing else.
+        cafile: PEM certificates to trust instead of the system's.
+        verify: False takes any certificate.
+        loopback: the peer is on this machine, where datagrams may be large.
+    """
+    configuration = QuicConfiguration(
+        is_client=True, alpn_protocols=[ALPN], connection_id_length=CONNECTION_ID_BYTES, idle_timeout=idle_timeout_s, server_name=server_name
+    )
+    if pin is not None:
+        configuration.verify_mode, configuration.assert_fingerprint = ssl.CERT_NONE, pin
+    elif verify:
+        configuration.verify_mode, configuration.cafile = ssl.CERT_REQUIRED, cafile
+    else:
+        configuration.verify_mode = ssl.CERT_NONE
+    if loopback:
+        configuration.max_datagram_size = LOOPBACK_DATAGRAM_BYTES
+    return configuration
