@@ -2,10 +2,10 @@
 
     python -m benchmarks.transports [--quick] [--json FILE]
 
-The peer is openpi's design with its stock client (``benchmarks/openpi_design.py``), plain and with TLS. Servers run in processes of their own on
-loopback; all clients live in this one and take turns, another one first in each round. Observations are three square uint8 cameras, a state and a
-prompt: 452 kB (224²), 600 kB and 45 kB; the reply is a chunk of 50 × 25 float64, 10 kB. CPU time is that of the whole process, threads and kernel
-included, per request. Congestion control does not matter here: nothing is lost on loopback.
+The peer is openpi's design with its stock client (``benchmarks/openpi_design.py``), plain and with TLS. Servers and clients are processes of their
+own on loopback, so that no client finds memory or threads that another one has left; the clients take turns, another one first in each round.
+Observations are three square uint8 cameras, a state and a prompt: 452 kB (224²), 600 kB and 45 kB; the reply is a chunk of 50 × 25 float64, 10 kB.
+CPU time is that of the whole process, threads and kernel included, per request. Congestion control does not matter here: nothing is lost on loopback.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.openpi_design import StockClient, serve_inline
 from benchmarks.report import Goal, arguments, finish, machine
-from hosting.certificates import CERTIFICATE_FILE, KEY_FILE, Certificate, local_certificate
+from hosting.certificates import CERTIFICATE_FILE, KEY_FILE, local_certificate
 from hosting.clients import connect
 from hosting.config import ActionConfig, ActionTransportConfig, ServiceConfig, TLSConfig
 from hosting.service import Loaders, Service
@@ -68,6 +68,15 @@ class Server:
     addresses: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a client did: milliseconds of each call, and CPU seconds of its process and the server's over all of them."""
+
+    times_ms: list[float]
+    client_cpu_s: float
+    server_cpu_s: float
+
+
 def serve_peer(tls_directory: Path | None, ready: Connection) -> None:
     """openpi's server design."""
     context = None
@@ -99,78 +108,32 @@ def serve_ours(directory: Path, tls: bool, ready: Connection) -> None:
     asyncio.run(main())
 
 
-@contextmanager
-def running(serve: Callable[[Connection], None]) -> Iterator[Server]:
-    """``serve`` in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()  # so that the end of the process is the end of the pipe
-    try:
-        yield ours.recv()
-    finally:
-        process.terminate()
-        process.join(10)
+def stock_client(url: str, cafile: Path | None) -> Asking:
+    """openpi-client's way of talking."""
+    return StockClient(url, tls=ssl.create_default_context(cafile=cafile) if cafile else None)
 
 
-@dataclass
-class Subject:
-    """A client and the process that answers it."""
-
-    client: Asking
-    server_pid: int
+def our_client(url: str, pin: str | None) -> Asking:
+    """Ours, with its defaults."""
+    return connect(url, pin=pin)
 
 
-@dataclass
-class Row:
-    """What one client saw: milliseconds of each call, and CPU seconds of both processes over all of them."""
-
-    times_ms: list[float] = field(default_factory=list)
-    client_cpu_s: float = 0.0
-    server_cpu_s: float = 0.0
-
-    @property
-    def p50(self) -> float:
-        return float(np.percentile(self.times_ms, 50))
-
-    def figures(self) -> dict[str, float]:
-        """Milliseconds."""
-        calls = len(self.times_ms)
-        return {
-            **{f"p{percent}": float(np.percentile(self.times_ms, percent)) for percent in (50, 95, 99)},
-            "client CPU": self.client_cpu_s / calls * 1e3,
-            "server CPU": self.server_cpu_s / calls * 1e3,
-        }
-
-
-@contextmanager
-def subjects(directory: Path) -> Iterator[dict[str, Subject]]:
-    """Every client, connected."""
-    certificate: Certificate = local_certificate(directory)
-    with ExitStack() as stack:
-        peer, peer_tls, ours, ours_tls = (
-            stack.enter_context(running(serve))
-            for serve in (
-                partial(serve_peer, None),
-                partial(serve_peer, directory),
-                partial(serve_ours, directory, False),
-                partial(serve_ours, directory, True),
-            )
-        )
-        trusting = ssl.create_default_context(cafile=directory / CERTIFICATE_FILE)
-        made = {
-            PEER: Subject(StockClient(peer.addresses["action"]), peer.pid),
-            PEER_TLS: Subject(StockClient(peer_tls.addresses["action"], tls=trusting), peer_tls.pid),
-            STOCK: Subject(StockClient(ours.addresses["action"]), ours.pid),
-            WEBSOCKET: Subject(connect(ours.addresses["action"]), ours.pid),
-            WSS: Subject(connect(ours_tls.addresses["action"], pin=certificate.sha256), ours_tls.pid),
-            UNIX: Subject(connect(ours.addresses["action unix"]), ours.pid),
-            QUIC: Subject(connect(ours.addresses["action quic"], pin=certificate.sha256), ours.pid),
-        }
-        for subject in made.values():
-            stack.callback(subject.client.close)
-        yield made
+def ask(make: Callable[[], Asking], server_pid: int, pipe: Connection) -> None:
+    """A client's process: for each ``(pixels, calls)`` that comes, a :class:`Turn` goes back. The first calls of a turn do not count."""
+    client = make()
+    pipe.send(None)
+    while True:
+        pixels, calls = pipe.recv()
+        obs = observation(pixels)
+        for _ in range(WARM_UP_CALLS):
+            assert np.array_equal(client.infer(obs)["actions"], CHUNK)
+        times_ms = []
+        client_cpu_s, server_cpu_s = time.process_time(), cpu_s(server_pid)
+        for _ in range(calls):
+            started_s = time.perf_counter()
+            client.infer(obs)
+            times_ms.append((time.perf_counter() - started_s) * 1e3)
+        pipe.send(Turn(times_ms, time.process_time() - client_cpu_s, cpu_s(server_pid) - server_cpu_s))
 
 
 def observation(pixels: int) -> dict[str, Any]:
@@ -180,36 +143,83 @@ def observation(pixels: int) -> dict[str, Any]:
     return {"images": images, "state": rng.random(14), "prompt": "pick up the red cup"}
 
 
-def take_turns(clients: Mapping[str, Subject], obs: dict[str, Any], rounds: int, calls: int) -> dict[str, Row]:
-    """Rounds in which each client has one turn; another one begins each round. The first calls of a turn do not count."""
-    rows = {name: Row() for name in clients}
-    names = list(clients)
-    for _ in range(rounds):
-        for name in names:
-            row, client, server_pid = rows[name], clients[name].client, clients[name].server_pid
-            for _ in range(WARM_UP_CALLS):
-                assert np.array_equal(client.infer(obs)["actions"], CHUNK)
-            client_cpu_s, server_cpu_s = time.process_time(), cpu_s(server_pid)
-            for _ in range(calls):
-                started_s = time.perf_counter()
-                client.infer(obs)
-                row.times_ms.append((time.perf_counter() - started_s) * 1e3)
-            row.client_cpu_s += time.process_time() - client_cpu_s
-            row.server_cpu_s += cpu_s(server_pid) - server_cpu_s
-        names = [*names[1:], names[0]]
-    return rows
-
-
 def cpu_s(pid: int) -> float:
     """CPU seconds of another process so far, to the nanosecond; ``/proc/PID/stat`` counts in steps of 10 ms (clock_getcpuclockid(3), Linux)."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def goals_of(rows: Mapping[str, Mapping[str, Row]]) -> list[Goal]:
+@contextmanager
+def running(target: Callable[[Connection], None]) -> Iterator[tuple[Any, Connection]]:
+    """``target`` in a process of its own; yields what it says when it is ready, and the pipe to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    try:
+        yield ours.recv(), ours
+    finally:
+        process.terminate()
+        process.join(10)
+
+
+@contextmanager
+def connected(directory: Path) -> Iterator[dict[str, Connection]]:
+    """Name → pipe to that client."""
+    pin, cafile = local_certificate(directory).sha256, directory / CERTIFICATE_FILE
+    with ExitStack() as stack:
+
+        def server(serve: Callable[[Connection], None]) -> Server:
+            announced: Server = stack.enter_context(running(serve))[0]
+            return announced
+
+        peer, peer_tls = server(partial(serve_peer, None)), server(partial(serve_peer, directory))
+        ours, ours_tls = server(partial(serve_ours, directory, False)), server(partial(serve_ours, directory, True))
+        clients: dict[str, tuple[Callable[[], Asking], Server]] = {
+            PEER: (partial(stock_client, peer.addresses["action"], None), peer),
+            PEER_TLS: (partial(stock_client, peer_tls.addresses["action"], cafile), peer_tls),
+            STOCK: (partial(stock_client, ours.addresses["action"], None), ours),
+            WEBSOCKET: (partial(our_client, ours.addresses["action"], None), ours),
+            WSS: (partial(our_client, ours_tls.addresses["action"], pin), ours_tls),
+            UNIX: (partial(our_client, ours.addresses["action unix"], None), ours),
+            QUIC: (partial(our_client, ours.addresses["action quic"], pin), ours),
+        }
+        yield {name: stack.enter_context(running(partial(ask, make, server.pid)))[1] for name, (make, server) in clients.items()}
+
+
+@dataclass
+class Row:
+    """All turns of one client."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Milliseconds."""
+        times_ms = [ms for turn in self.turns for ms in turn.times_ms]
+        return {
+            **{f"p{percent}": float(np.percentile(times_ms, percent)) for percent in (50, 95, 99)},
+            "client CPU": sum(turn.client_cpu_s for turn in self.turns) / len(times_ms) * 1e3,
+            "server CPU": sum(turn.server_cpu_s for turn in self.turns) / len(times_ms) * 1e3,
+        }
+
+
+def take_turns(clients: Mapping[str, Connection], pixels: int, rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """Rounds in which each client has one turn; name → its figures."""
+    rows = {name: Row() for name in clients}
+    names = list(clients)
+    for _ in range(rounds):
+        for name in names:
+            clients[name].send((pixels, calls))
+            rows[name].turns.append(clients[name].recv())
+        names = [*names[1:], names[0]]
+    return {name: row.figures() for name, row in rows.items()}
+
+
+def goals_of(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Goal]:
     """Ours beside openpi's design, p50."""
 
     def ratio(size: str, ours: str, peer: str, limit: float) -> Goal:
-        value = rows[size][ours].p50 / rows[size][peer].p50
+        value = rows[size][ours]["p50"] / rows[size][peer]["p50"]
         return Goal(f"{size}, {ours} / {peer}", value, f"<= {limit}", value <= limit)
 
     return [
@@ -225,19 +235,16 @@ def main() -> None:
     options = arguments(__doc__)
     rounds, calls = (14, 30) if options.quick else (40, 100)
     print(machine())
-    with tempfile.TemporaryDirectory(prefix="tandem-") as directory, subjects(Path(directory)) as clients:
-        rows = {size: take_turns(clients, observation(pixels), rounds, calls) for size, pixels in CAMERA_PIXELS.items()}
-    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="tandem-") as directory, connected(Path(directory)) as clients:
+        rows = {size: take_turns(clients, pixels, rounds, calls) for size, pixels in CAMERA_PIXELS.items()}
     for size, measured in rows.items():
         print(f"\n{size}, round trip of a no-op policy, ms ({rounds} × {calls} calls each, in turns)")
         print(f"  {'':24}{'p50':>9}{'p95':>9}{'p99':>9}{'ratio':>9}{'client CPU':>12}{'server CPU':>12}")
-        for name, row in measured.items():
-            values = row.figures()
-            ratio = row.p50 / measured[PEER].p50
-            figures[f"{size}, {name}"] = {**values, "p50 ratio": ratio}
-            times = "".join(f"{values[key]:9.3f}" for key in ("p50", "p95", "p99"))
-            print(f"  {name:24}{times}{ratio:9.2f}{values['client CPU']:12.3f}{values['server CPU']:12.3f}")
-    finish(goals_of(rows), figures, options.json)
+        for name, figures in measured.items():
+            times = "".join(f"{figures[key]:9.3f}" for key in ("p50", "p95", "p99"))
+            ratio = figures["p50"] / measured[PEER]["p50"]
+            print(f"  {name:24}{times}{ratio:9.2f}{figures['client CPU']:12.3f}{figures['server CPU']:12.3f}")
+    finish(goals_of(rows), rows, options.json)
 
 
 if __name__ == "__main__":

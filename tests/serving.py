@@ -108,7 +108,8 @@ def start(config: ServiceConfig, loaders: Loaders | None, *, wait_ready: bool = 
         else:
             while not service.addresses and not serving.done():
                 await asyncio.sleep(0)
-        up.set()
+        if not serving.done():  # else its outcome is told first
+            up.set()
         return await serving
 
     def run() -> None:
@@ -116,7 +117,7 @@ def start(config: ServiceConfig, loaders: Loaders | None, *, wait_ready: bool = 
             result["code"] = asyncio.run(main())
         except BaseException as error:  # noqa: BLE001 - handed to the test's thread
             result["error"] = error
-            up.set()
+        up.set()
 
     thread = threading.Thread(target=run, name="service under test")
     thread.start()

@@ -98,14 +98,19 @@ class Watcher(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.own = 0
-        self.wrong: list[str] = []
+        self._wrong: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         own = record.name == "hosting.failures" and record.exc_info is not None and record.exc_info[0] is StartledError
         if own and "error id" in record.getMessage():
             self.own += 1
         else:
-            self.wrong.append(logging.Formatter("%(name)s %(message)s").format(record))
+            self._wrong.append(logging.Formatter("%(name)s %(message)s").format(record))
+
+    def check(self) -> None:
+        """Fails if there was something, which is forgotten then: it is one test's failure."""
+        wrong, self._wrong = self._wrong, []
+        assert not wrong, f"{len(wrong)} errors in the log, such as: {wrong[0][-1500:]}"
 
 
 class Ground:
@@ -155,7 +160,7 @@ class Ground:
         gc.collect()  # a task whose exception nobody took says so when it goes
         dead = [thread.name for thread in self._threads if not thread.is_alive()]
         assert not dead, f"threads died: {dead}"
-        assert not self._watcher.wrong, self._watcher.wrong[:3]
+        self._watcher.check()
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def ground(**fields: Any) -> Iterator[Ground]:
         service = stack.enter_context(start(config, stubs(NosyPolicy())))
         yield Ground(service, watcher, stack)
     gc.collect()
-    assert not watcher.wrong, watcher.wrong[:3]
+    watcher.check()
 
 
 def observation(number: int) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def test_a_host_that_is_none_is_one_readable_error(host, reason):
 def test_a_port_in_use_is_one_readable_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        config = service_config("action", action_transport=ActionTransportConfig(websocket_port=port))
+        config = service_config("action", action_transport=ActionTransportConfig(websocket_port=port, quic_port=None, unix_socket_path=None))
         message = rf"action_transport.websocket_port: cannot listen on 127.0.0.1 port {port} \(Address already in use\); stop what uses it"
         with pytest.raises(ConfigError, match=message), start(config, stubs()):
             pass
