@@ -28,6 +28,9 @@ bench: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m benchmarks.keepalive
 	.venv/bin/python -m benchmarks.planner
 	.venv/bin/python -m benchmarks.side_by_side
+	.venv/bin/python -m benchmarks.transports
+	.venv/bin/python -m benchmarks.lossy
+	.venv/bin/python -m benchmarks.fuzz
 
 $(VENV): pyproject.toml constraints.txt Makefile
 	@echo "Making .venv (about a minute)"

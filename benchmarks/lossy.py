@@ -2,15 +2,20 @@
 
     python -m benchmarks.lossy [--quick] [--json FILE]
 
-The link is emulated (``benchmarks/link``): 100 Mbit/s, RTT 20 and 60 ms, 0, 0.5 or 2 % of the packets lost in each direction, independently. Servers
-with a no-op policy are on one side, each in a process of its own; the clients take turns on the other. Two patterns:
+The link is emulated (``benchmarks/link``): 100 Mbit/s, RTT 20 and 60 ms, 0, 0.5 or 2 % of the packets lost in each direction, independently of each
+other. Servers with a no-op policy are on one side, each in a process of its own; the clients are on the other. Three patterns:
 
-* back to back: three raw 224² cameras, 452 kB. "QUIC + JPEG" is handed the same observation and sends it as our client does with
-  ``encode="jpeg"``.
-* the robot's own: the cameras as JPEG of quality 90, 45 kB, and 0.3 s of pause before each request.
+* back to back: three raw 224² cameras, 452 kB, request after request; the clients take turns. "QUIC + JPEG" is handed the same observation and
+  sends it as our client does with ``encode="jpeg"``.
+* robot: the cameras as JPEG of quality 90, 45 kB, and 0.3 s between a reply and the next request; all clients side by side, which a link that each of
+  them uses for 1 % of the time allows, so that none has longer pauses than its robot would. Both servers decode the images.
+* after a break: the same with 5 s instead of 0.3 s.
 
-The peer is openpi's design (``benchmarks/openpi_design.py``) with its stock client over TCP cubic, what nearly all machines have, on both ends,
-whatever this kernel's own default is; our WebSocket chooses BBR for itself. Each turn begins with a request that is not counted.
+Each pattern has connections of its own. That matters: a TCP connection that has once sent 452 kB keeps, through pauses of 0.3 s, a window
+that takes 45 kB in one round trip; one that has only ever sent 45 kB needs two.
+
+The peer is openpi's design (``benchmarks/openpi_design.py``) with its stock client, over TCP cubic on both ends, which nearly all machines have,
+whatever this kernel's own default is; our WebSocket chooses BBR for itself. Requests before a connection has found its speed are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,10 +39,11 @@ from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
+import simplejpeg
 
 from benchmarks.link.emulator import EmulatedLink, Side, Traffic, emulated_link
 from benchmarks.openpi_design import StockClient, serve_inline
-from benchmarks.overhead import CHUNK, percentile
+from benchmarks.report import Goal, arguments, finish, machine
 from hosting.certificates import local_certificate
 from hosting.clients import connect
 from hosting.config import ActionConfig, ActionTransportConfig, ServiceConfig
@@ -44,14 +52,16 @@ from hosting.service import Loaders, Service
 
 RATE_MBIT = 100
 QUEUE_PACKETS = 1000
-PAUSE_S = 0.3
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PEER_CONGESTION_CONTROL = "cubic"
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 NOISE = 8.0
 """Standard deviation of the camera noise; with it a camera is 15 kB as JPEG."""
+CHUNK = np.random.default_rng(0).standard_normal((50, 25))
+"""The reply's actions: 10 kB."""
 
 STOCK, WEBSOCKET, QUIC, QUIC_8, QUIC_JPEG = "stock WebSocket", "our WebSocket", "QUIC", "QUIC × 8", "QUIC + JPEG"
-BACK_TO_BACK, ROBOT = "back to back", "robot"
+BACK_TO_BACK, ROBOT, BREAK = "back to back", "robot", "after a break"
+PAUSE_S = {ROBOT: 0.3, BREAK: 5.0}
 
 
 class Asking(Protocol):
@@ -73,6 +83,16 @@ class NoOp:
 
     def infer(self, obs: Any) -> dict[str, Any]:
         return {"actions": CHUNK}
+
+
+class Decoding(NoOp):
+    """What a policy of the peer's has to do itself; our server does it before it asks a policy."""
+
+    def infer(self, obs: Any) -> dict[str, Any]:
+        for image in obs["images"].values():
+            if isinstance(image, bytes):
+                simplejpeg.decode_jpeg(image)
+        return super().infer(obs)
 
 
 def serve_ours(ready: Connection) -> None:
@@ -98,7 +118,7 @@ def serve_ours(ready: Connection) -> None:
 def serve_peer(ready: Connection) -> None:
     """openpi's server design."""
     with tcp_default(PEER_CONGESTION_CONTROL):
-        serve_inline(NoOp(), ready.send, host="0.0.0.0")
+        serve_inline(Decoding(), ready.send, host="0.0.0.0")
 
 
 @contextmanager
@@ -146,122 +166,198 @@ def running(serve: Callable[[Connection], None], side: Side) -> Iterator[Any]:
         process.join(10)
 
 
-def observations() -> dict[str, dict[str, Any]]:
-    """By pattern: what its clients are handed. Cameras that look like cameras: smooth, with noise."""
+def observations() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same observation with raw cameras and with JPEG ones. Smooth and noisy, they are about as large as real ones."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:224, 0:224] / 223
     smooth = np.stack([120 + 80 * np.sin(5 * x + 3 * y), 110 + 70 * np.cos(4 * y - 2 * x), 100 + 90 * x * y], -1)
     images = {camera: np.clip(smooth + rng.normal(0, NOISE, smooth.shape), 0, 255).astype(np.uint8) for camera in CAMERAS}
     rest = {"state": rng.random(14), "prompt": "pick up the red cup"}
-    encoded = {camera: jpeg.encode(image, quality=90) for camera, image in images.items()}
-    return {BACK_TO_BACK: {"images": images, **rest}, ROBOT: {"images": encoded, **rest}}
+    return {"images": images, **rest}, {"images": {camera: jpeg.encode(image, quality=90) for camera, image in images.items()}, **rest}
 
 
-@dataclass
-class Row:
-    """What one client saw in one pattern."""
-
-    times_ms: list[float] = field(default_factory=list)
-    calls: int = 0
-    packets: int = 0
-    missing: int = 0
-
-    def add(self, times_ms: list[float], calls: int, before: tuple[Traffic, Traffic], after: tuple[Traffic, Traffic]) -> None:
-        """One turn: the times that count, all calls, and what the link had carried before and after."""
-        ways = [new - old for old, new in zip(before, after, strict=True)]
-        self.times_ms += times_ms
-        self.calls += calls
-        self.packets += sum(way.packets for way in ways)
-        self.missing += sum(way.lost + way.dropped for way in ways)
-
-    @property
-    def p50(self) -> float:
-        return percentile(self.times_ms, 50)
-
-    def figures(self) -> dict[str, float]:
-        """Milliseconds, and packets in both directions a call."""
-        calls = max(1, self.calls)
-        return {
-            "p50": self.p50,
-            "p99": percentile(self.times_ms, 99),
-            "n": len(self.times_ms),
-            "packets": self.packets / calls,
-            "lost": self.missing / calls,
-        }
-
-
-Rows = dict[tuple[str, str], Row]
-"""(Pattern, client) → row."""
+Times = dict[tuple[str, str], list[float]]
+"""(Pattern, client) → milliseconds of each request."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Something to measure on one link.
+class Plan:
+    """What is measured on one link.
 
     Attributes:
-        names: the clients that take part.
-        calls: counted in each turn.
-        seconds: after which no new round of turns begins.
-        pause_s: before each request.
+        bulk: clients that send back to back.
+        bulk_s: after which no new round of turns begins.
+        turn: requests of a turn: those that come first and are not counted, and those that are.
+        paused: clients that pause between requests.
+        paused_s: for how long they do so, by pattern.
     """
 
-    pattern: str
-    names: tuple[str, ...]
-    calls: int
-    seconds: float
-    pause_s: float = 0.0
+    rtt_ms: float
+    loss_percent: float
+    bulk: tuple[str, ...] = (STOCK, QUIC, QUIC_8, WEBSOCKET, QUIC_JPEG)
+    bulk_s: float = 0.0
+    turn: tuple[int, int] = (2, 10)
+    paused: tuple[str, ...] = (STOCK, QUIC, QUIC_8, WEBSOCKET)
+    paused_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @contextmanager
-def clients_on(link: EmulatedLink, names: set[str]) -> Iterator[dict[str, Asking]]:
-    """Clients on side ``a``, connected to servers of their kind on side ``b``."""
+def servers_on(link: EmulatedLink) -> Iterator[dict[str, Callable[[], Asking]]]:
+    """Both servers on side ``b``, and the calling thread on side ``a``; yields how each client is connected to its own."""
     for side in (link.a, link.b):
         # Or a connection would begin with what the one before it had found out.
         side.sysctl("net.ipv4.tcp_no_metrics_save", "1")
-    with running(serve_ours, link.b) as ours, running(serve_peer, link.b) as peer, link.a.entered(), ExitStack() as stack:
+    with running(serve_ours, link.b) as ours, running(serve_peer, link.b) as peer, link.a.entered():
         peer, websocket, quic = (url.replace("0.0.0.0", link.b.address) for url in (peer, ours["action"], ours["action quic"]))
+
+        def stock_client() -> Asking:
+            with tcp_default(PEER_CONGESTION_CONTROL):
+                return StockClient(peer)
+
         quic_client = partial(connect, quic, pin=ours["pin"])
-        makers: dict[str, Callable[[], Asking]] = {
-            STOCK: lambda: StockClient(peer),
-            WEBSOCKET: lambda: connect(websocket),
+        yield {
+            STOCK: stock_client,
+            WEBSOCKET: partial(connect, websocket),
             QUIC: quic_client,
             QUIC_8: partial(quic_client, connections=8),
             QUIC_JPEG: partial(quic_client, encode="jpeg"),
         }
-        clients: dict[str, Asking] = {}
-        for name in [name for name in makers if name in names]:
-            with tcp_default(PEER_CONGESTION_CONTROL) if name == STOCK else ExitStack():
-                clients[name] = makers[name]()
+
+
+@contextmanager
+def connected(servers: Mapping[str, Callable[[], Asking]], names: Iterable[str]) -> Iterator[dict[str, Asking]]:
+    """New connections of the clients with these names."""
+    with ExitStack() as stack:
+        clients = {}
+        for name in names:
+            clients[name] = servers[name]()
             stack.callback(clients[name].close)
         yield clients
 
 
-def take_turns(clients: dict[str, Asking], part: Part, obs: dict[str, Any], link: EmulatedLink) -> Rows:
+def ask(client: Asking, obs: dict[str, Any]) -> float:
+    """Milliseconds until the reply was there."""
+    started_s = time.perf_counter()
+    reply = client.infer(obs)
+    took_ms = (time.perf_counter() - started_s) * 1e3
+    assert np.array_equal(reply["actions"], CHUNK)
+    return took_ms
+
+
+def take_turns(clients: dict[str, Asking], plan: Plan, obs: dict[str, Any]) -> Times:
     """Rounds in which each client has one turn; another one begins each round."""
-    rows = {name: Row() for name in part.names}
-    names, started_s = list(part.names), time.monotonic()
-    while not rows[names[0]].calls or time.monotonic() - started_s < part.seconds:
+    times: Times = {(BACK_TO_BACK, name): [] for name in plan.bulk}
+    names, started_s = deque(plan.bulk), time.monotonic()
+    uncounted, counted = plan.turn
+    while time.monotonic() - started_s < plan.bulk_s:
         for name in names:
-            before, times_ms = link.traffic(), []
-            for _ in range(part.calls + 1):
-                time.sleep(part.pause_s)
-                asked_s = time.perf_counter()
-                reply = clients[name].infer(obs)
-                times_ms.append((time.perf_counter() - asked_s) * 1e3)
-                assert np.array_equal(reply["actions"], CHUNK)
-            rows[name].add(times_ms[1:], len(times_ms), before, link.traffic())
-        names = [*names[1:], names[0]]
-    return {(part.pattern, name): rows[name] for name in part.names}
+            times[BACK_TO_BACK, name] += [ask(clients[name], obs) for _ in range(uncounted + counted)][uncounted:]
+        names.rotate()
+    return times
 
 
-def measure(rtt_ms: float, loss_percent: float, parts: list[Part], *, seed: int = 1) -> Rows:
-    """All ``parts`` on one link."""
-    obs = observations()
+def side_by_side(clients: dict[str, Asking], plan: Plan, pattern: str, obs: dict[str, Any]) -> Times:
+    """All clients at once, each pausing between its requests; those of the first tenth of the time are not counted."""
+    pause_s, seconds = PAUSE_S[pattern], plan.paused_s[pattern]
+    begun_s = time.monotonic()
+
+    def drive(number: int, name: str) -> list[float]:
+        time.sleep(pause_s * number / len(plan.paused))
+        times_ms = []
+        while (passed_s := time.monotonic() - begun_s) < seconds:
+            took_ms = ask(clients[name], obs)
+            if passed_s >= max(seconds / 10, pause_s):
+                times_ms.append(took_ms)
+            time.sleep(pause_s)
+        return times_ms
+
+    with ThreadPoolExecutor(len(plan.paused)) as threads:
+        results = threads.map(drive, range(len(plan.paused)), plan.paused)
+        return {(pattern, name): times_ms for name, times_ms in zip(plan.paused, results, strict=True)}
+
+
+def measure(plan: Plan, *, seed: int = 1) -> tuple[Times, tuple[Traffic, Traffic]]:
+    """The times on one link, and what it carried, to the servers and back."""
+    raw, jpegs = observations()
     with (
-        emulated_link(rtt_ms=rtt_ms, loss_percent=loss_percent, rate_mbit=RATE_MBIT, queue_packets=QUEUE_PACKETS, seed=seed) as link,
-        clients_on(link, {name for part in parts for name in part.names}) as clients,
+        emulated_link(rtt_ms=plan.rtt_ms, loss_percent=plan.loss_percent, rate_mbit=RATE_MBIT, queue_packets=QUEUE_PACKETS, seed=seed) as link,
+        servers_on(link) as servers,
     ):
-        rows: Rows = {}
-        for part in parts:
-            rows |= take_turns(clients, part, obs[part.pattern], link)
-        return rows
+        times: Times = {}
+        if plan.bulk_s:
+            with connected(servers, plan.bulk) as clients:
+                times |= take_turns(clients, plan, raw)
+        for pattern in plan.paused_s:
+            with connected(servers, plan.paused) as clients:
+                times |= side_by_side(clients, plan, pattern, jpegs)
+        return times, link.traffic()
+
+
+FULL = (
+    Plan(20, 0, bulk_s=15, turn=(10, 20), paused_s={ROBOT: 30}),
+    Plan(60, 0, bulk_s=25, turn=(10, 20), paused_s={ROBOT: 30, BREAK: 55}),
+    Plan(20, 0.5, bulk_s=60, paused_s={ROBOT: 45}),
+    Plan(60, 0.5, bulk_s=90, paused_s={ROBOT: 60}),
+    Plan(20, 2, bulk_s=70, paused_s={ROBOT: 45}),
+    Plan(60, 2, bulk_s=100, paused_s={ROBOT: 60}),
+)
+QUICK = (
+    Plan(60, 0, bulk=(STOCK, QUIC), bulk_s=1, turn=(10, 10), paused=(STOCK, QUIC), paused_s={ROBOT: 5}),
+    Plan(20, 0.5, bulk_s=5, turn=(1, 5), paused=(STOCK, QUIC), paused_s={ROBOT: 5}),
+    Plan(60, 2, bulk=(STOCK, QUIC_JPEG), bulk_s=1, turn=(1, 3)),
+)
+
+
+def figures_of(times: Times) -> dict[str, dict[str, dict[str, float]]]:
+    """Pattern → client → p50 and p99 in ms, their number, and p50 as a share of the stock client's."""
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for (pattern, name), times_ms in times.items():
+        p50, p99 = np.percentile(times_ms, (50, 99))
+        share = p50 / np.median(times[pattern, STOCK])
+        figures.setdefault(pattern, {})[name] = {"p50": float(p50), "p99": float(p99), "n": len(times_ms), "share": float(share)}
+    return figures
+
+
+def goals_of(plan: Plan, figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Goal]:
+    """What was promised for such a link."""
+    promises = [(ROBOT, QUIC, 0.6)]
+    if plan.loss_percent == 0:
+        promises.append((BACK_TO_BACK, QUIC, 1.05))
+    if plan.loss_percent == 0.5:
+        promises += [(BACK_TO_BACK, QUIC, 0.75), (BACK_TO_BACK, QUIC_8, 0.25)]
+    if plan.loss_percent:
+        promises += [(ROBOT, QUIC_8, 0.6), (BACK_TO_BACK, QUIC_JPEG, 0.1)]
+    goals = []
+    for pattern, name, most in promises:
+        if name in figures.get(pattern, {}):
+            share = figures[pattern][name]["share"]
+            goals.append(Goal(f"{title(plan)}, {pattern}: {name}, share of the stock client's p50", share, f"<= {most:g}", share <= most))
+    return goals
+
+
+def title(plan: Plan) -> str:
+    return f"RTT {plan.rtt_ms:g} ms, loss {plan.loss_percent:g} %"
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    print(machine())
+    print(f"{RATE_MBIT} Mbit/s, queue of {QUEUE_PACKETS} packets; the stock client and server over TCP {PEER_CONGESTION_CONTROL}")
+    figures: dict[str, Any] = {}
+    goals: list[Goal] = []
+    for plan in QUICK if options.quick else FULL:
+        times, ways = measure(plan)
+        measured = figures_of(times)
+        figures[title(plan)] = measured
+        goals += goals_of(plan, measured)
+        carried = "; ".join(f"{way.packets} packets, {way.lost / way.packets:.2%} lost, {way.dropped} dropped" for way in ways)
+        print(f"\n{title(plan)} (to the servers {carried.replace('; ', '; back ')}; load average {os.getloadavg()[0]:.1f})")
+        print(f"  {'ms':13} {'':16}{'p50':>9}{'p99':>9}{'n':>6}{'× stock':>9}")
+        for pattern, rows in measured.items():
+            for name, row in rows.items():
+                print(f"  {pattern:13} {name:16}{row['p50']:9.1f}{row['p99']:9.1f}{row['n']:6.0f}{row['share']:9.2f}", flush=True)
+    finish(goals, figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ blocking ``websockets`` client, compression off. What openpi does with defaults 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http
 import ssl
 import time
@@ -83,7 +84,8 @@ class StockClient:
     """openpi-client's way of talking: sync ``websockets``, one request at a time."""
 
     def __init__(self, url: str, *, tls: ssl.SSLContext | None = None) -> None:
-        self._connection = connect(url, compression=None, max_size=None, ssl=tls)
+        self._closing = contextlib.ExitStack()
+        self._connection = self._closing.enter_context(connect(url, compression=None, max_size=None, ssl=tls))
         self.metadata = unpack(self._receive())
 
     def infer(self, obs: Any) -> Any:
@@ -91,7 +93,7 @@ class StockClient:
         return unpack(self._receive())
 
     def close(self) -> None:
-        self._connection.close()
+        self._closing.close()
 
     def _receive(self) -> bytes:
         message = self._connection.recv()

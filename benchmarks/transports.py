@@ -3,7 +3,8 @@
     python -m benchmarks.transports [--quick] [--json FILE]
 
 The peer is openpi's design with its stock client (``benchmarks/openpi_design.py``), plain and with TLS. Servers and clients are processes of their
-own on loopback, so that no client finds memory or threads that another one has left; the clients take turns, another one first in each round.
+own on loopback, so that no client finds memory or threads that another one has left; the clients take turns, another one first in each round. A turn
+begins with calls that do not count, until the kernel has put two processes that work side by side on different cores.
 Observations are three square uint8 cameras, a state and a prompt: 452 kB (224²), 600 kB and 45 kB; the reply is a chunk of 50 × 25 float64, 10 kB.
 CPU time is that of the whole process, threads and kernel included, per request. Congestion control does not matter here: nothing is lost on loopback.
 """
@@ -39,7 +40,7 @@ CAMERA_PIXELS = {"452 kB": 224, "600 kB": 258, "45 kB": 71}
 
 PEER, PEER_TLS = "openpi design", "openpi design, TLS"
 STOCK, WEBSOCKET, WSS, UNIX, QUIC = "WebSocket, stock client", "WebSocket", "WSS", "Unix socket", "QUIC"
-WARM_UP_CALLS = 3
+WARM_UP_S = 0.15
 
 
 class Asking(Protocol):
@@ -119,13 +120,14 @@ def our_client(url: str, pin: str | None) -> Asking:
 
 
 def ask(make: Callable[[], Asking], server_pid: int, pipe: Connection) -> None:
-    """A client's process: for each ``(pixels, calls)`` that comes, a :class:`Turn` goes back. The first calls of a turn do not count."""
+    """A client's process: for each ``(pixels, calls)`` that comes, a :class:`Turn` goes back."""
     client = make()
     pipe.send(None)
     while True:
         pixels, calls = pipe.recv()
         obs = observation(pixels)
-        for _ in range(WARM_UP_CALLS):
+        begins_s = time.perf_counter() + WARM_UP_S
+        while time.perf_counter() < begins_s:
             assert np.array_equal(client.infer(obs)["actions"], CHUNK)
         times_ms = []
         client_cpu_s, server_cpu_s = time.process_time(), cpu_s(server_pid)
@@ -233,7 +235,7 @@ def goals_of(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Goal
 
 def main() -> None:
     options = arguments(__doc__)
-    rounds, calls = (14, 30) if options.quick else (40, 100)
+    rounds, calls = (6, 70) if options.quick else (20, 200)
     print(machine())
     with tempfile.TemporaryDirectory(prefix="tandem-") as directory, connected(Path(directory)) as clients:
         rows = {size: take_turns(clients, pixels, rounds, calls) for size, pixels in CAMERA_PIXELS.items()}

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 CERTIFICATE_FILE = "tandem-cert.pem"
 KEY_FILE = "tandem-key.pem"
 _VALID_FOR = timedelta(days=3653)
+_NOT_BEFORE = datetime(2026, 1, 1, tzinfo=UTC)
+_CURVES = {"secp256r1", "secp384r1"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Certificate:
     """A server's certificate and key.
 
     Attributes:
-        chain_pem: the leaf and what its issuers sent with it, PEM.
+        chain_pem: the leaf and what its issuers sent with it, PEM, and nothing else.
         key_pem: the leaf's private key, PEM (PKCS #8, unencrypted).
         sha256: of the leaf's DER form, lower-case hexadecimal: what a client pins.
     """
@@ -71,9 +73,9 @@ def load_certificate(cert_file: Path, key_file: Path, *, cert_field: str = "cert
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-    chain_pem, raw_key = _read(cert_field, cert_file), _read(key_field, key_file)
+    raw_chain, raw_key = _read(cert_field, cert_file), _read(key_field, key_file)
     try:
-        leaf = x509.load_pem_x509_certificates(chain_pem)[0]
+        chain = x509.load_pem_x509_certificates(raw_chain)
     except ValueError as error:
         raise ConfigError(f"{cert_field}: {cert_file} holds no PEM certificate; expected a -----BEGIN CERTIFICATE----- block, leaf first") from error
     try:
@@ -82,13 +84,18 @@ def load_certificate(cert_file: Path, key_file: Path, *, cert_field: str = "cert
         raise ConfigError(f"{key_field}: {key_file} is encrypted; store the key without a passphrase, readable by this user only") from error
     except ValueError as error:
         raise ConfigError(f"{key_field}: {key_file} holds no PEM private key; expected a -----BEGIN PRIVATE KEY----- block") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise ConfigError(f"{key_field}: {key_file} is a {type(key).__name__}; clients expect an ECDSA (P-256) or RSA key")
+    if not (isinstance(key, rsa.RSAPrivateKey) or (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in _CURVES)):
+        kind = f"ECDSA key on {key.curve.name}" if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
+        raise ConfigError(f"{key_field}: {key_file} is an {kind}; clients expect an ECDSA (P-256 or P-384) or RSA key")
+    leaf = chain[0]
     if _public_bytes(key.public_key()) != _public_bytes(leaf.public_key()):
         raise ConfigError(f"{key_field}: {key_file} is not the key of {cert_field} {cert_file}; give the key that the certificate was made for")
     if leaf.not_valid_after_utc < datetime.now(UTC):
-        raise ConfigError(f"{cert_field}: {cert_file} expired on {leaf.not_valid_after_utc:%Y-%m-%d}; renew it")
+        raise ConfigError(
+            f"{cert_field}: {cert_file} expired on {leaf.not_valid_after_utc:%Y-%m-%d}; renew it, or if this server made it, delete it and its key"
+        )
     key_pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    chain_pem = b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in chain)
     return Certificate(chain_pem, key_pem, leaf.fingerprint(hashes.SHA256()).hex())
 
 
@@ -104,10 +111,11 @@ def local_certificate(directory: Path, *, field: str = "certificate_dir") -> Cer
 
     cert_file, key_file = directory / CERTIFICATE_FILE, directory / KEY_FILE
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / ".tandem-certificate.lock"):
-            if not cert_file.exists() and not key_file.exists():
-                _make(cert_file, key_file)
+        if not (cert_file.exists() and key_file.exists()):  # with both, the directory may be read-only
+            directory.mkdir(parents=True, exist_ok=True)
+            with FileLock(directory / ".tandem-certificate.lock"):
+                if not cert_file.exists() and not key_file.exists():
+                    _make(cert_file, key_file)
     except OSError as error:
         raise ConfigError(
             f"{field}: cannot keep a certificate in {directory} ({error.strerror or error}); choose a directory this user can write"
@@ -143,8 +151,8 @@ def _self_signed(key: EllipticCurvePrivateKey) -> x509.Certificate:
     if hostname not in names and all(part.isascii() and part.replace("-", "").isalnum() for part in hostname.split(".")):
         names.append(hostname)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tandem")])
-    # A client whose clock lags must be able to connect on the first day.
-    start = datetime.now(UTC) - timedelta(days=1)
+    # A client whose clock lags must be able to connect on the first day. A computer without a battery for its clock begins in 1970.
+    start = max(datetime.now(UTC) - timedelta(days=1), _NOT_BEFORE)
     return (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -185,4 +193,6 @@ def _write(path: Path, content: bytes, mode: int) -> None:
     temporary.unlink(missing_ok=True)
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a robot is switched off without being asked; an empty key would be there for good
     temporary.replace(path)

@@ -296,7 +296,8 @@ def _measure(url: str, mode: Any, embodiment: Any, prompt: str, iterations: int,
     from hosting.clients.measure import measure, render
 
     report = measure(url, mode=mode, embodiment=embodiment, prompt=prompt, iterations=iterations, **options)
-    typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+    # Other servers' metadata may hold arrays.
+    typer.echo(json.dumps(report, indent=2, default=str) if as_json else render(report))
 
 
 def _client_options(

@@ -35,6 +35,7 @@ Mode = Literal["combined", "action_only", "planner_only"]
 Slot = Literal["action", "planner"]
 DType = Literal["float32", "bfloat16"]
 OnLongPrompt = Literal["error", "truncate"]
+ActionSpace = Literal["joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _SECRETS: Final = frozenset({"api_key"})
@@ -51,6 +52,15 @@ def _usable(text: str) -> str:
         raise ValueError("is blank; give a value or leave the field out")
     if LONE_SURROGATE.search(text):
         raise ValueError(f"{shown(text)} is not valid Unicode; remove the bytes or escapes that do not belong there")
+    return text
+
+
+def _key(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank; give a value or leave the field out")
+    if not re.fullmatch("[!-~]([ -~]*[!-~])?", text):
+        # It is not repeated here: the message goes to the log.
+        raise ValueError("has something that an HTTP header cannot carry; take printable ASCII characters, no space or line break at either end")
     return text
 
 
@@ -197,7 +207,7 @@ class RoboArenaConfig(_Section):
     n_external_cameras: Annotated[int, Field(strict=True, ge=0, le=2)] | None = None
     needs_stereo_camera: Flag | None = None
     needs_session_id: Flag | None = None
-    action_space: Literal["joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity"] | None = None
+    action_space: ActionSpace | None = None
     """What the actions are. No checkpoint says it, so there is no default: without it the profile is refused."""
 
     def handshake(self) -> dict[str, Any]:
@@ -230,7 +240,7 @@ class ServiceConfig(BaseSettings):
     planner_transport: PlannerTransportConfig = PlannerTransportConfig()
     host: Text = "127.0.0.1"
     """Address that both slots' WebSocket and QUIC endpoints bind."""
-    api_key: Annotated[Text | None, Field(repr=False)] = None
+    api_key: Annotated[str, AfterValidator(_key)] | None = Field(default=None, repr=False)
     """What clients over WebSocket and QUIC must send; None: they need not. The Unix sockets are guarded by their file mode."""
     tls: TLSConfig | None = None
     quic_certificate_dir: Text | None = None
@@ -274,8 +284,14 @@ class ServiceConfig(BaseSettings):
     def _check_slots(self) -> ServiceConfig:
         if not self.slots:
             raise ValueError('no slot is configured; set "action", "planner" or both (see config.example.json)')
-        if clashes := self._clashes():
-            raise ValueError("\n".join(clashes))
+        problems = self._clashes()
+        if self.websocket.profile == "roboarena" and self.roboarena.action_space is None:
+            problems.append(
+                'roboarena.action_space: missing, and with websocket.profile "roboarena" no client could be served; '
+                f"set it to one of {', '.join(get_args(ActionSpace))}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def _clashes(self) -> list[str]:

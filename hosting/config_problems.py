@@ -47,7 +47,8 @@ def _lines(detail: ErrorDetails, model: type[BaseModel], origin: Callable[[Locat
         return [f"{name}: {detail['ctx']['error']}{source}"]
     field = field_at(model, location)
     expected = expectation(field) if field else "a known field"
-    return [f"{name}: expected {expected}, got {shown(detail['input'])}{source}"]
+    got = shown(detail["input"]) if field is None or field.repr else f"a {type(detail['input']).__name__}, which is secret and not shown"
+    return [f"{name}: expected {expected}, got {got}{source}"]
 
 
 def unknown_field(location: Location, model: type[BaseModel], source: str | None) -> str:

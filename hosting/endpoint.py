@@ -6,15 +6,16 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hosting import __version__
-from hosting.policy import DrainingError, MessageError, Observation, Reply
+from hosting.policy import DrainingError, MessageError, Observation, Reply, RequestError
 from hosting.protocol import jpeg
 from hosting.protocol.requests import InferRequest
-from hosting.routing import Route, Slot, run_on, run_together_on
+from hosting.routing import Route, Slot, of_row, run_on, run_together_on
 from hosting.scheduler import SlotWorker
 
 SERVER_NAME = "tandem"
@@ -95,9 +96,15 @@ class Endpoint:
         deadline_s = arrived_s + min(deadlines_ms) / 1e3 if deadlines_ms else None
         try:
             routes = []
-            for row in request.rows:
-                paths = jpeg.jpeg_paths(row.observation)
-                obs = await self._with_images(row.observation, paths) if paths else row.observation
+            decoded_bytes = 0
+            for index, row in enumerate(request.rows):
+                obs: Observation = row.observation
+                if paths := jpeg.jpeg_paths(obs):
+                    try:
+                        obs = await self._with_images(obs, paths, decoded_bytes)
+                    except RequestError as error:
+                        raise of_row(error, index, len(request.rows)) from error
+                    decoded_bytes += jpeg.image_bytes(obs, paths)
                 routes.append(self._route(obs, seed=row.seed))
             if request.batched:
                 reply = _stacked(await run_together_on(self._workers, routes, deadline_s=deadline_s))
@@ -109,10 +116,10 @@ class Endpoint:
                 self._idle.set()
         return reply, (time.perf_counter() - started_s) * 1e3
 
-    async def _with_images(self, obs: dict[str, Any], paths: Sequence[jpeg.Path]) -> Observation:
+    async def _with_images(self, obs: Observation, paths: Sequence[jpeg.Path], taken_bytes: int) -> Observation:
         """``obs`` with its JPEG images decoded, on a thread of their own."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, lambda: jpeg.decoded(obs, paths, chw=self._channels_first, max_bytes=self._max_image_bytes))
+        decode = partial(jpeg.decoded, obs, paths, chw=self._channels_first, max_bytes=self._max_image_bytes, taken_bytes=taken_bytes)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
 
     def close(self) -> None:
         """Take nothing new, and let those go who still wait for the slot."""

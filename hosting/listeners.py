@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -135,6 +136,8 @@ def server_config(app: ASGIApp, *, max_message_bytes: int, kept: WebSocketConfig
     )
     if tls:
         try:
+            # First, as uvicorn would have OpenSSL ask the terminal for the password of an encrypted key.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.private_key, password=_no_password)
             config.load()
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             reason = " ".join(str(error).split())
@@ -142,6 +145,10 @@ def server_config(app: ASGIApp, *, max_message_bytes: int, kept: WebSocketConfig
                 f"tls: cannot use certificate {tls.certificate} with private_key {tls.private_key} ({reason}); both are PEM files"
             ) from error
     return config
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted, and nobody is asked for its password; decrypt it with: openssl pkey -in KEY -out DECRYPTED")
 
 
 def address_url(scheme: str, address: tuple[Any, ...]) -> str:

@@ -1,5 +1,5 @@
 """QUIC as this package uses it: messages in streams. Sans-I/O: time and datagrams are handed in. With
-``hosting/quic_settings.py`` the only module that knows qh3.
+``hosting/quic_settings.py`` and ``hosting/quic_reset.py`` the only module that knows qh3.
 
 A client opens one bidirectional stream for each request and sends ``type byte, body, FIN``; the answer comes back on the same stream in the same
 form. A lost packet so delays only its own request. A client that no longer wants an answer resets the stream (RESET_STREAM and STOP_SENDING).
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -20,9 +19,10 @@ from qh3.quic.configuration import QuicConfiguration
 from qh3.quic.connection import QuicConnection, QuicConnectionError
 from qh3.quic.packet import QuicErrorCode
 
-from hosting.protocol.messages import Message, MessageType
-from hosting.protocol.striping import PART_HEADER_BYTES
+from hosting.protocol.gathering import Gatherer
+from hosting.protocol.messages import Message
 from hosting.quic_endings import Ended, Why, ending
+from hosting.quic_reset import ResettableConnection
 from hosting.udp import Address, Received
 
 logger = logging.getLogger(__name__)
@@ -74,32 +74,23 @@ class IdsChanged(NamedTuple):
 Event = Established | Arrived | Rejected | Cancelled | IdsChanged
 
 
-@dataclass
-class _Incoming:
-    """A message while it comes. ``chunks`` is None when the rest of it is thrown away."""
-
-    chunks: list[bytes] | None = field(default_factory=list)
-    bytes: int = 0
-
-
 class MessageConnection:
     """One QUIC connection that carries messages.
 
     Args:
         quic: a new one; a client's is not connected yet.
-        max_message_bytes: of one message's body, and of all that are unfinished together. May be set later.
+        max_message_bytes: of one message's body, and of all that are unfinished together.
 
     Attributes:
+        incoming: messages that are not whole yet; has the limit, which may change.
         established: the handshake is complete.
     """
 
     def __init__(self, quic: QuicConnection, *, max_message_bytes: int) -> None:
         self._quic = quic
         self._is_client = quic.configuration.is_client
-        self.max_message_bytes = max_message_bytes
+        self.incoming = Gatherer(max_message_bytes)
         self.established = False
-        self._incoming: dict[int, _Incoming] = {}
-        self._incoming_bytes = 0
         self._unanswered: set[int] = set()
         self._failed: Ended | None = None
         self._dead = False
@@ -107,9 +98,13 @@ class MessageConnection:
         self._stuck_until_s = 0.0
 
     @classmethod
-    def server(cls, configuration: QuicConfiguration, original_id: bytes, *, max_message_bytes: int) -> MessageConnection:
-        """The answer to an Initial packet that was addressed to ``original_id``, a connection id of the client's making."""
-        return cls(QuicConnection(configuration=configuration, original_destination_connection_id=original_id), max_message_bytes=max_message_bytes)
+    def server(cls, configuration: QuicConfiguration, original_id: bytes, *, max_message_bytes: int, reset_key: bytes) -> MessageConnection:
+        """The answer to an Initial packet that was addressed to ``original_id``, a connection id of the client's making.
+
+        Args:
+            reset_key: of :func:`hosting.quic_reset.stateless_reset`.
+        """
+        return cls(ResettableConnection(configuration, original_id, reset_key), max_message_bytes=max_message_bytes)
 
     @classmethod
     def client(cls, configuration: QuicConfiguration, address: Address, now: float, *, max_message_bytes: int) -> MessageConnection:
@@ -117,6 +112,12 @@ class MessageConnection:
         quic = QuicConnection(configuration=configuration)
         quic.connect(address, now)
         return cls(quic, max_message_bytes=max_message_bytes)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything that came could be decrypted."""
+        core = self._quic._core
+        return core is not None and core.received_authenticated_packet
 
     @property
     def first_id(self) -> bytes:
@@ -230,20 +231,18 @@ class MessageConnection:
         """Send a message on a new stream, on which the answer comes.
 
         Yields the stream after each slice of the body has been queued: transmitting then has the server decrypt one slice while the next
-        is encrypted here. The message has been queued whole when the iterator ends.
-
-        Raises:
-            QuicConnectionError: the connection has ended.
+        is encrypted here. The message has been queued whole when the iterator ends, unless the connection has ended.
         """
         stream: int = self._quic.get_next_available_stream_id()
-        self._incoming[stream] = _Incoming()
+        self.incoming.begin(stream)
         # The end goes with the last bytes: qh3 does not repeat a lost frame that says nothing but "end".
         slices: list[Buffer] = [bytes((type,))]
         for piece in body:
             view = memoryview(piece).cast("B")
             slices += [view[start : start + _SLICE_BYTES] for start in range(0, view.nbytes, _SLICE_BYTES)]
         for number, part in enumerate(slices, 1):
-            self._quic.send_stream_data(stream, part, number == len(slices))
+            if self.ended is None:
+                self._quic.send_stream_data(stream, part, number == len(slices))
             if number > 1 or len(slices) == 1:
                 yield stream
 
@@ -257,16 +256,14 @@ class MessageConnection:
                 self._quic.send_stream_data(stream, bytes((message.type,)), not message.body)
                 if message.body:
                     self._quic.send_stream_data(stream, message.body, True)
-            except ValueError as error:
+            except (ValueError, QuicConnectionError) as error:
                 logger.debug("stream %d was reset while its answer was made: %s", stream, error)
 
     def cancel(self, stream: int) -> None:
         """A client's: give up waiting for the answer on ``stream``, and have the server give up making it."""
-        incoming = self._incoming.get(stream)
-        if incoming is None or self.ended is not None:
-            return
-        self._discard(incoming)
-        self._abandon(stream, _CANCELLED, sending=True, receiving=True)
+        if stream in self.incoming and self.ended is None:
+            self.incoming.discard(stream)
+            self._abandon(stream, _CANCELLED, sending=True, receiving=True)
 
     def ping(self) -> None:
         """Have the peer acknowledge something."""
@@ -277,51 +274,30 @@ class MessageConnection:
         self._quic.close(int(QuicErrorCode.NO_ERROR), reason_phrase=reason)
 
     def _data(self, stream: int, data: bytes, last: bool) -> Event | None:
-        incoming = self._incoming.get(stream)
-        if incoming is None:
+        if stream not in self.incoming:
             if self._is_client or stream & 3:  # only the client opens streams, and only bidirectional ones
                 return None
-            incoming = self._incoming[stream] = _Incoming()
+            self.incoming.begin(stream)
             self._unanswered.add(stream)
-        if last:
-            del self._incoming[stream]
-        if incoming.chunks is None:
-            return None
-        incoming.chunks.append(data)
-        incoming.bytes += len(data)
-        self._incoming_bytes += len(data)
-        if self._incoming_bytes > self.max_message_bytes + 1 + PART_HEADER_BYTES:
-            self._discard(incoming)
-            if not last:
-                self._abandon(stream, _TOO_LARGE, receiving=True)
-            return self._too_large(stream)
-        if not last:
-            return None
-        chunks = incoming.chunks
-        self._discard(incoming)
-        whole = memoryview(chunks[0] if len(chunks) == 1 else b"".join(chunks))
-        if not whole:
-            return Rejected(stream, "the message is empty; expected a type byte and a body")
-        message = Message(whole[0], whole[1:])
-        if len(message.body) > self.max_message_bytes + (PART_HEADER_BYTES if message.type == MessageType.PART else 0):
-            return self._too_large(stream)
-        return Arrived(stream, message)
-
-    def _too_large(self, stream: int) -> Rejected:
-        return Rejected(stream, f"the message has more than {self.max_message_bytes} bytes")
+        match self.incoming.add(stream, data, last=last):
+            case None:
+                return None
+            case Message() as message:
+                return Arrived(stream, message)
+            case text:
+                if not last:
+                    self._abandon(stream, _TOO_LARGE, receiving=True)
+                return Rejected(stream, text)
 
     def _reset(self, stream: int, *, whole: bool) -> bool:
         """The peer reset what it sends (``whole``) or stopped what it gets. Whether somebody has to hear of it."""
         if self._is_client and not whole:
             return False  # the server wants no more of a request; its answer says why
-        incoming = self._incoming.get(stream)
-        refused = incoming is not None and incoming.chunks is None
-        if incoming is not None:
-            self._discard(incoming)
-            if whole:
-                del self._incoming[stream]
+        awaited = self.incoming.discard(stream)
+        if whole:
+            self.incoming.end(stream)
         if self._is_client:
-            return incoming is not None and not refused
+            return awaited
         if stream not in self._unanswered:
             return False
         self._unanswered.remove(stream)
@@ -334,13 +310,8 @@ class MessageConnection:
             if wanted:
                 try:
                     operation(stream, code)
-                except ValueError as error:  # that direction is complete: what is left of it waits in the event queue
+                except (ValueError, QuicConnectionError) as error:  # that direction is complete: what is left of it waits in the event queue
                     logger.debug("stream %d: %s", stream, error)
-
-    def _discard(self, incoming: _Incoming) -> None:
-        if incoming.chunks is not None:
-            incoming.chunks = None
-            self._incoming_bytes -= incoming.bytes
 
     def _fail(self, error: Exception) -> None:
         logger.debug("a QUIC connection ended on what its peer sent", exc_info=error)

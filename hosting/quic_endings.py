@@ -39,5 +39,5 @@ def ending(code: int, phrase: str) -> Ended:
     if code in _CERTIFICATE_ALERTS or code == _DECRYPT_ERROR:
         return Ended(Why.CERTIFICATE, phrase)
     if code == _NO_ERROR:
-        return Ended(Why.CLOSED, phrase or "the other side closed the connection")
+        return Ended(Why.CLOSED, phrase or "the other side closed the connection, or was started anew and does not know it")
     return Ended(Why.PROTOCOL, f"{phrase or 'protocol error'} (QUIC error 0x{code:x})")

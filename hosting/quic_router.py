@@ -9,10 +9,12 @@ import heapq
 import itertools
 import logging
 import os
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
 from hosting.quic import MIN_INITIAL_BYTES, QUIC_VERSION, Event, IdsChanged, MessageConnection
+from hosting.quic_reset import stateless_reset
 from hosting.quic_settings import CONNECTION_ID_BYTES
 from hosting.udp import Address, Received
 
@@ -51,13 +53,17 @@ class Router:
     """Connections by id.
 
     Args:
+        reset_key: secret, and the same after a restart: clients of the server before are told at once that it has gone. No two ports may share it.
         greeting_bytes: limit of a message's body until its connection is greeted; the transport raises it then.
         patience_s: for the first request of a connection, from its first datagram on; it is closed afterwards.
         max_ungreeted: connections that may be in that state; while there are so many, new ones are not answered.
     """
 
-    def __init__(self, configuration: QuicConfiguration, *, greeting_bytes: int, patience_s: float = 10.0, max_ungreeted: int = 1000) -> None:
+    def __init__(
+        self, configuration: QuicConfiguration, *, reset_key: bytes, greeting_bytes: int, patience_s: float = 10.0, max_ungreeted: int = 1000
+    ) -> None:
         self._configuration = configuration
+        self._reset_key = reset_key
         self._greeting_bytes = greeting_bytes
         self._patience_s = patience_s
         self._max_ungreeted = max_ungreeted
@@ -65,7 +71,8 @@ class Router:
         self._peers: dict[Peer, None] = {}
         self._touched: dict[Peer, None] = {}
         self._deadlines: deque[tuple[float, Peer]] = deque()
-        self._timers: list[tuple[float, int, Peer]] = []
+        # A timer may be ten minutes away; the memory of a connection that has gone is not kept for it.
+        self._timers: list[tuple[float, int, weakref.ref[Peer]]] = []
         self._order = itertools.count()
         self._ungreeted = 0
         self._full = False
@@ -96,7 +103,11 @@ class Router:
         if len(data) <= CONNECTION_ID_BYTES:
             return []
         if not data[0] & _LONG_HEADER:
-            peer = self._by_id.get(data[1 : 1 + CONNECTION_ID_BYTES])
+            connection_id = data[1 : 1 + CONNECTION_ID_BYTES]
+            peer = self._by_id.get(connection_id)
+            if peer is None:
+                reset = stateless_reset(self._reset_key, connection_id, min(size, len(data)))
+                return [] if reset is None else [reset]
         else:
             header = _long_header(data)
             if header is None:
@@ -106,9 +117,13 @@ class Router:
             if peer is None and version != QUIC_VERSION and version != 0 and len(data) >= MIN_INITIAL_BYTES:
                 return [_version_negotiation(destination=source, source=destination)]
             if peer is None and version == QUIC_VERSION and data[0] & _PACKET_TYPE == _INITIAL and len(data) >= MIN_INITIAL_BYTES:
-                peer = self._accept(destination, now)
+                peer = self._new_peer(destination, now)
         if peer is not None:
             peer.connection.receive(received, now)
+            if peer not in self._peers:
+                if not peer.connection.begun:
+                    return []  # whatever it was, a connection does not begin so
+                self._admit(peer, now)
             peer.source = received.source
             self._touched[peer] = None
         return []
@@ -123,15 +138,16 @@ class Router:
     def handle_timers(self, now: float) -> None:
         """Run the timers that are due and give up on clients that do not ask for anything."""
         while self._timers and self._timers[0][0] <= now:
-            peer = heapq.heappop(self._timers)[2]
-            peer.armed_s = None
-            peer.connection.handle_timer(now)
-            self._touched[peer] = None
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline_s, peer = self._deadlines.popleft()
-            if peer.deadline_s == deadline_s and peer.connection.ended is None:
-                peer.connection.close(f"the metadata was not asked for within {self._patience_s:g} s")
+            peer = heapq.heappop(self._timers)[2]()
+            if peer is not None:
+                peer.armed_s = None
+                peer.connection.handle_timer(now)
                 self._touched[peer] = None
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline_s, late = self._deadlines.popleft()
+            if late.deadline_s == deadline_s and late.connection.ended is None:
+                late.connection.close(f"the metadata was not asked for within {self._patience_s:g} s")
+                self._touched[late] = None
 
     def events(self, peer: Peer) -> list[Event]:
         """What has happened on a connection; changes of its ids are dealt with here."""
@@ -166,24 +182,25 @@ class Router:
             self._forget(peer)
         elif timer_s is not None and (peer.armed_s is None or timer_s < peer.armed_s):
             peer.armed_s = timer_s
-            heapq.heappush(self._timers, (timer_s, next(self._order), peer))
+            heapq.heappush(self._timers, (timer_s, next(self._order), weakref.ref(peer)))
         return datagrams
 
-    def _accept(self, original_id: bytes, now: float) -> Peer | None:
+    def _new_peer(self, original_id: bytes, now: float) -> Peer | None:
         if self._ungreeted >= self._max_ungreeted:
             if not self._full:
                 logger.warning("%d QUIC clients have begun to connect and have not been greeted: new ones are not answered", self._ungreeted)
                 self._full = True
             return None
         self._full = False
-        connection = MessageConnection.server(self._configuration, original_id, max_message_bytes=self._greeting_bytes)
-        peer = Peer(connection, {original_id, connection.first_id}, now + self._patience_s)
+        connection = MessageConnection.server(self._configuration, original_id, max_message_bytes=self._greeting_bytes, reset_key=self._reset_key)
+        return Peer(connection, {original_id, connection.first_id}, now + self._patience_s)
+
+    def _admit(self, peer: Peer, now: float) -> None:
         for connection_id in peer.ids:
             self._by_id[connection_id] = peer
         self._peers[peer] = None
         self._deadlines.append((now + self._patience_s, peer))
         self._ungreeted += 1
-        return peer
 
     def _change_id(self, peer: Peer, change: IdsChanged) -> None:
         if change.live:

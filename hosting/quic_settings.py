@@ -12,13 +12,16 @@ ALPN = "tandem/1"
 CONNECTION_ID_BYTES = 8
 IDLE_TIMEOUT_S = 600.0
 """Of both ends: a robot that pauses for minutes keeps its connection and need not keep it alive."""
+DATAGRAM_BYTES = 1200
+"""To begin with: what every path must carry (RFC 9000 §14). A client's path-MTU discovery goes on from there; qh3's own 1280 never get through a
+link with an MTU of 1280, as some VPNs have."""
 LOOPBACK_DATAGRAM_BYTES = 8192
 """Within one machine (environment-and-quic.md §2.3). 16 KB and more stall small requests in the pacer."""
 
 
 def server_configuration(certificate: Certificate, *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> QuicConfiguration:
     """What a server's connections share; connections that come after a change of it use the change."""
-    configuration = QuicConfiguration(is_client=False, alpn_protocols=[ALPN], connection_id_length=CONNECTION_ID_BYTES, idle_timeout=idle_timeout_s)
+    configuration = _configuration(idle_timeout_s, is_client=False)
     configuration.load_cert_chain(certificate.chain_pem, certificate.key_pem)
     return configuration
 
@@ -41,9 +44,8 @@ def client_configuration(
         verify: False takes any certificate.
         loopback: the peer is on this machine, where datagrams may be large.
     """
-    configuration = QuicConfiguration(
-        is_client=True, alpn_protocols=[ALPN], connection_id_length=CONNECTION_ID_BYTES, idle_timeout=idle_timeout_s, server_name=server_name
-    )
+    configuration = _configuration(idle_timeout_s, is_client=True)
+    configuration.server_name = server_name
     if pin is not None:
         configuration.verify_mode, configuration.assert_fingerprint = ssl.CERT_NONE, pin
     elif verify:
@@ -53,3 +55,13 @@ def client_configuration(
     if loopback:
         configuration.max_datagram_size = LOOPBACK_DATAGRAM_BYTES
     return configuration
+
+
+def _configuration(idle_timeout_s: float, *, is_client: bool) -> QuicConfiguration:
+    return QuicConfiguration(
+        is_client=is_client,
+        alpn_protocols=[ALPN],
+        connection_id_length=CONNECTION_ID_BYTES,
+        idle_timeout=idle_timeout_s,
+        max_datagram_size=DATAGRAM_BYTES,
+    )

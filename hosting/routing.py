@@ -104,7 +104,7 @@ async def run_together_on(workers: Mapping[Slot, SlotWorker], routes: Sequence[S
         except StopIteration as stop:
             replies[row] = stop.value
         except RequestError as error:
-            raise _of_row(error, row, len(routes)) from error
+            raise of_row(error, row, len(routes)) from error
 
     for row, steps in enumerate(routes):
         advance(row, partial(next, steps))
@@ -148,7 +148,8 @@ def _serve(calls: Sequence[SlotCall]) -> list[Reply | Exception]:
     return outcomes
 
 
-def _of_row(error: RequestError, row: int, count: int) -> RequestError:
+def of_row(error: RequestError, row: int, count: int) -> RequestError:
+    """``error`` of the observation ``row`` of ``count``, saying which where there are several."""
     return error if count == 1 else type(error)(f"batch[{row}]: {error}")
 
 

@@ -24,12 +24,13 @@ T = TypeVar("T")
 DEFAULT_MAX_QUEUE = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Queued:
-    call: Callable[[], Any]
+    """A call that waits; without ``work`` it was given up, and only its place in the queue is left."""
+
+    work: tuple[Callable[[], Any], asyncio.Future[Any]] | None
     deadline_s: float | None
     loop: asyncio.AbstractEventLoop
-    outcome: asyncio.Future[Any]
 
 
 class SlotWorker:
@@ -71,8 +72,14 @@ class SlotWorker:
         try:
             loop = asyncio.get_running_loop()
             outcome: asyncio.Future[T] = loop.create_future()
-            self._queue.put(_Queued(call, deadline_s, loop, outcome))
-            return await outcome
+            queued = _Queued((call, outcome), deadline_s, loop)
+            self._queue.put(queued)
+            try:
+                return await outcome
+            except asyncio.CancelledError:
+                # It stays in the queue until the thread comes to it, but the observation must not (nor the future: its error's frames hold it).
+                queued.work = None
+                raise
         finally:
             self._unfinished -= 1
 
@@ -84,31 +91,33 @@ class SlotWorker:
                 queued = self._queue.get_nowait()
             except Empty:
                 break
-            if queued is not None:
-                queued.outcome.cancel()
+            if queued is not None and queued.work is not None:
+                queued.work[1].cancel()
         self._queue.put(None)
 
     def _work(self) -> None:
         while (queued := self._queue.get()) is not None:
-            if queued.outcome.cancelled():
+            work, queued.work = queued.work, None
+            if work is None or work[1].cancelled():
                 continue
+            call, outcome = work
             result: Any = None
             error: BaseException | None = None
             try:
                 if queued.deadline_s is not None and (late_s := time.perf_counter() - queued.deadline_s) > 0:
                     raise DeadlineError(f"deadline_ms: passed {late_s * 1e3:.0f} ms before the {self.slot}'s turn came; nothing was computed")
-                result = queued.call()
+                result = call()
             except StopIteration:
                 # No future can hold it: its caller would wait for ever.
                 error = RuntimeError("StopIteration was raised where nothing iterates")
             except BaseException as raised:  # noqa: BLE001 - handed to the caller; this thread serves the next call
                 error = raised
             try:
-                queued.loop.call_soon_threadsafe(_settle, queued.outcome, result, error)
+                queued.loop.call_soon_threadsafe(_settle, outcome, result, error)
             except RuntimeError:
                 logger.debug("%s: a call finished after its event loop had been closed", self.slot)
             # Not held while waiting for the next call: an observation is half a megabyte.
-            del queued, result, error
+            del queued, work, call, outcome, result, error
 
 
 def _settle(outcome: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -257,8 +257,7 @@ class Service:
         """Finish what was accepted, then close every connection."""
         draining = [asyncio.create_task(endpoint.drain()) for endpoint in self._endpoints.values()]
         await asyncio.sleep(0)  # let them refuse new requests before idle connections are closed
-        for listener in self._listeners.values():
-            await listener.close_idle()
+        await asyncio.gather(*(listener.close_idle() for listener in self._listeners.values()))
         _, unfinished = await asyncio.wait(draining, timeout=self.config.drain_s)
         for task in unfinished:
             task.cancel()

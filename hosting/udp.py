@@ -56,6 +56,9 @@ class UdpSocket:
     Args:
         sock: is owned, and closed, by this object.
         timestamps: have the kernel note arrival times, for a reader that may come late.
+
+    Attributes:
+        largest_sent: bytes of the largest datagram that the kernel has taken.
     """
 
     def __init__(self, sock: socket.socket, *, timestamps: bool = False) -> None:
@@ -76,6 +79,7 @@ class UdpSocket:
                 level, option = (socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO) if self._scoped else (socket.IPPROTO_IP, _IP_PKTINFO)
                 _accepts(sock, level, option, 1)
         self._backlog: deque[tuple[list[bytes], Address, bytes]] = deque()
+        self.largest_sent = 0
 
     @classmethod
     def bind(cls, host: str, port: int) -> UdpSocket:
@@ -180,7 +184,8 @@ class UdpSocket:
         """Send what waits, as far as the kernel has room.
 
         Raises:
-            OSError: what could not be sent is dropped, as a network drops datagrams.
+            OSError: what could not be sent is dropped, as a network drops datagrams. EMSGSIZE says of a connected socket that the way to its
+                peer takes only smaller datagrams than before; a larger one than any before is a path-MTU probe, and to be dropped its answer.
         """
         while self._backlog:
             run, address, source = self._backlog.popleft()
@@ -195,7 +200,7 @@ class UdpSocket:
                         logger.debug("the kernel refuses UDP_SEGMENT (%s): datagrams are sent one by one", error.strerror)
                         self._gso = False
                     self._backlog.extendleft(([datagram], address, source) for datagram in reversed(run))
-                elif error.errno != errno.EMSGSIZE:  # EMSGSIZE: a path-MTU probe that did not fit, which is its answer
+                elif error.errno != errno.EMSGSIZE or self._has_shrunk(run, address, source):
                     raise
 
     def _send_run(self, run: list[bytes], address: Address, source: bytes) -> None:
@@ -206,6 +211,18 @@ class UdpSocket:
             self._sock.sendmsg(run, ancillary)
         else:
             self._sock.sendmsg(run, ancillary, 0, address)
+        self.largest_sent = max(self.largest_sent, len(run[0]))
+
+    def _has_shrunk(self, run: list[bytes], address: Address, source: bytes) -> bool:
+        """Whether a datagram is refused as too large though such have been taken. Sent again to find out: what a router says of an earlier one, a
+        probe, comes as the error of the next call, whatever that sends."""
+        if not self._connected or len(run[0]) > self.largest_sent:
+            return False
+        try:
+            self._send_run(run, address, source)
+        except OSError as error:
+            return error.errno == errno.EMSGSIZE
+        return False
 
     def close(self) -> None:
         self._sock.close()

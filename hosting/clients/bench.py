@@ -6,6 +6,7 @@ whatever else the machine does falls on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from hosting.clients.client import Client, ClientOptions
-from hosting.clients.errors import ClientError
 from hosting.clients.examples import Embodiment, example_observation
 from hosting.clients.measure import TestError, known_embodiment, reach
+from hosting.clients.tls import has_certificate
 from pi0.errors import TandemError
 
 TURN_S = 0.5
@@ -56,6 +57,8 @@ def bench(targets: Sequence[str], load: Load, options: ClientOptions) -> dict[st
     Raises:
         TestError: a target cannot be reached, goes away or refuses the observation; names it.
     """
+    if twice := [target for index, target in enumerate(targets) if target in targets[:index]]:
+        raise TestError(f"{twice[0]}: is given twice; each target has one row")
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads that are not copied
     workers = []
     try:
@@ -131,20 +134,26 @@ def _client(pipe: Connection, targets: list[str], load: Load, options: ClientOpt
     try:
         observations: dict[str, list[dict[str, Any]]] = {}
         for target in targets:
-            clients[target] = reach(target, **options)
+            clients[target] = reach(target, **_options_of(target, options))
             observations[target] = _observations(load.embodiment or known_embodiment(clients[target]), load, seed)
             clients[target].infer(observations[target][0])
         pipe.send(None)
         while True:
             target, seconds = pipe.recv()
             pipe.send(_turn(clients[target], observations[target], seconds))
-    except EOFError:
-        pass  # the run is over
-    except (TandemError, ClientError) as error:
-        pipe.send(f"{target}: {error}" if target not in str(error) else str(error))
+    except TandemError as error:
+        with contextlib.suppress(OSError):  # another client has told first
+            pipe.send(f"{target}: {error}" if target not in str(error) else str(error))
+    except (EOFError, OSError, KeyboardInterrupt):
+        pass  # the run is over, for one reason or another
     finally:
         for client in clients.values():
             client.close()
+
+
+def _options_of(target: str, options: ClientOptions) -> ClientOptions:
+    """``options`` for one of several targets: those without a certificate are compared with those that have one."""
+    return options if has_certificate(target) else {**options, "pin": None, "cafile": None}
 
 
 def _observations(embodiment: Embodiment, load: Load, seed: int) -> list[dict[str, Any]]:

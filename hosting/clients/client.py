@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from hosting.clients.conversation import Conversation, Request
 from hosting.clients.dialing import DialOptions, dial
 from hosting.clients.errors import AuthenticationError, ConnectError, ConnectionLostError, ReplyTimeoutError
 from hosting.clients.retry import Deadline, Reconnect
+from hosting.clients.tls import check_trust
 from hosting.protocol import msgpack_numpy
 from hosting.protocol.messages import MessageType
 
@@ -64,13 +66,13 @@ class Client:
             is not the usual one of that WebSocket port.
         api_key: the server's key.
         timeout_s: of every call that does not say otherwise; None waits for ever.
-        session_id: sent with every observation that has none.
-        seed: sent with every observation that has none; the same action noise every time.
+        session_id: sent with every observation that has none, but for those of :meth:`infer_batch`.
+        seed: likewise; the same action noise every time.
         resize: ``"metadata"`` resizes cameras to the server's ``image_specs`` before they are sent (the numbers are the server's
             own, see :mod:`hosting.clients.images`); None sends them as they are.
         encode: ``"jpeg"`` sends the cameras of ``image_specs`` as JPEG: lossy, about a tenth of the bytes.
         jpeg_quality: 1 to 100; below 95 with 4:2:0 chroma subsampling.
-        pin: SHA-256 of the certificate that the server must have (QUIC, WSS).
+        pin: SHA-256 of the certificate that the server must have (QUIC, WSS). Refused where no certificate comes, as is ``cafile``.
         cafile: PEM of the authorities that are trusted instead of the system's (QUIC, WSS).
         verify: False trusts any server (QUIC, WSS).
         server_name: whom the certificate must name, if not the host of ``url`` (QUIC, WSS).
@@ -116,6 +118,9 @@ class Client:
         _check_choice("encode", encode, "jpeg")
         if not 1 <= jpeg_quality <= 100:
             raise ValueError(f"jpeg_quality: got {jpeg_quality}, expected 1 to 100")
+        if not 0 < connect_timeout_s < math.inf:
+            raise ValueError(f"connect_timeout_s: got {connect_timeout_s}, expected a number of seconds above 0")
+        check_trust(url, pin=pin, cafile=cafile)
         self.url = url
         self._timeout_s = timeout_s
         self._defaults = {key: value for key, value in (("session_id", session_id), ("seed", seed)) if value is not None}
@@ -153,6 +158,8 @@ class Client:
     ) -> Reply:
         """One observation → the server's reply, ``actions`` ``[H, A]`` and what else it has. ``obs`` is left as it is.
 
+        Its arrays are sent from where they lie: they must not change until the call returns.
+
         Args:
             timeout_s: of this call; None: the client's.
             deadline_ms: after so long the server no longer begins to work on it.
@@ -172,7 +179,7 @@ class Client:
 
         def build(conversation: Conversation) -> Request:
             message, request_id = self._identified({**self._defaults, **self._prepared(obs, conversation), **own}, conversation)
-            return Request(MessageType.INFER, [msgpack_numpy.pack(message)], request_id)
+            return Request(MessageType.INFER, msgpack_numpy.pack_parts(message), request_id)
 
         return _without_own_ids(self._call(build, timeout_s), obs)
 
@@ -190,9 +197,9 @@ class Client:
 
         def build(conversation: Conversation) -> Request:
             identified = [self._identified(dict(self._prepared(obs, conversation)), conversation) for obs in observations]
-            body = msgpack_numpy.pack({"batch": [row for row, _ in identified]})
+            body = msgpack_numpy.pack_parts({"batch": [row for row, _ in identified]})
             request_ids = [request_id for _, request_id in identified] if conversation.is_ours else None
-            return Request(MessageType.INFER, [body], request_ids)
+            return Request(MessageType.INFER, body, request_ids)
 
         return _without_own_ids(self._call(build, timeout_s), *observations)
 
@@ -234,7 +241,8 @@ class Client:
     def _call(self, build: Callable[[Conversation], Request | None], timeout_s: float | None) -> Reply:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = Deadline(timeout_s, self._reconnect.clock)
-        if not self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        left_s = deadline.left_s()
+        if not self._lock.acquire(timeout=-1 if left_s is None else min(left_s, threading.TIMEOUT_MAX)):
             raise ReplyTimeoutError(f"the requests of other threads took more than {timeout_s} s; this one was not sent")
         try:
             conversation = self._open(deadline)

@@ -96,7 +96,11 @@ class Conversation:
         if request_id is not None:
             _check_echo(reply, request_id)
         if answer.type == MessageType.FAILURE or _is_error(reply):
-            raise _as_error(reply)
+            error = _as_error(reply)
+            if error.code == "draining":
+                # The server is about to close the connection, as it would have closed an idle one.
+                raise ConnectionLostError(f"{self.url}: {error}")
+            raise error
         return reply
 
     def _map(self, message: Message) -> dict[str, Any]:

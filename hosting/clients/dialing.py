@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from hosting.clients.errors import AuthenticationError, ConnectError
@@ -31,7 +31,7 @@ _remembered: dict[str, str] = {}
 class DialOptions:
     """What opening a link may need; :class:`hosting.clients.client.Client` says what each means."""
 
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     pin: str | None = None
     cafile: str | None = None
     verify: bool = True
@@ -101,7 +101,7 @@ def dial(
     if len(ways) == 1:
         return ways[0].url, ways[0].open(connect_timeout_s, ready_timeout_s)
     last = remembered.get(url)
-    problems = []
+    problems: list[ConnectError] = []
     for way in sorted(ways, key=lambda way: way.url != last):
         try:
             link = way.open(connect_timeout_s, ready_timeout_s)
@@ -110,11 +110,11 @@ def dial(
                 raise
             # Worth a line when the server is there and only its certificate is unknown: that is easily put right.
             logger.log(logging.WARNING if isinstance(error, AuthenticationError) else logging.DEBUG, "not by %s: %s", way.url, error)
-            problems.append(str(error))
+            problems.append(error)
         else:
             remembered[url] = way.url
             return way.url, link
-    raise ConnectError(f"cannot connect to {url}: {'; '.join(problems)}")
+    raise ConnectError(f"cannot connect to {url}: {'; '.join(map(str, problems))}") from problems[-1]
 
 
 def _split(url: str) -> SplitResult:

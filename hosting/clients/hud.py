@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosting.clients.client import Client, ClientOptions
-from hosting.clients.errors import InferenceError
+from hosting.clients.errors import ConnectionLostError, InferenceError
 
 
 class PooledModel:
@@ -49,6 +49,7 @@ class PooledModel:
         for _ in range(size):
             self._clients.put(None)
         self._size = size
+        self._closed = False
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="hud model")
 
     def infer(self, batch: Any) -> NDArray[np.float32]:
@@ -70,10 +71,13 @@ class PooledModel:
 
     async def ainfer(self, obs: Mapping[str, Any]) -> NDArray[np.float32]:
         """Actions ``[T, A]`` for one observation; errors as :meth:`infer`."""
+        if self._closed:
+            raise ConnectionLostError("this model has been closed; make a new one")
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._actions([_as_numpy(obs)], batched=False))
 
     def close(self) -> None:
         """Close the connections; waits for the requests under way."""
+        self._closed = True
         self._threads.shutdown()
         for client in [self._clients.get() for _ in range(self._size)]:
             if client is not None:
@@ -87,6 +91,8 @@ class PooledModel:
         self.close()
 
     def _actions(self, rows: Sequence[Mapping[str, Any]], *, batched: bool) -> NDArray[np.float32]:
+        if self._closed:
+            raise ConnectionLostError("this model has been closed; make a new one")
         client = self._clients.get()
         try:
             client = client or Client(self.url, **self._options)

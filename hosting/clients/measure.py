@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from hosting.clients.client import Client, ClientOptions, connect
-from hosting.clients.errors import ConnectError, ConnectionLostError
+from hosting.clients.errors import AuthenticationError, ConnectError, ConnectionLostError
 from hosting.clients.examples import EMBODIMENTS, Embodiment, embodiment_of, example_observation
 from pi0.errors import TandemError
 
@@ -70,14 +70,19 @@ def reach(url: str, **options: Unpack[ClientOptions]) -> Client:
     """A client of the server at ``url`` that repeats nothing by itself.
 
     Raises:
-        TestError: it cannot be reached.
+        TestError: it cannot be reached, or an option has no meaning.
     """
     try:
         once: ClientOptions = {**options, "retry_lost": False}
         return connect(url, **once)
+    except AuthenticationError as error:
+        raise TestError(str(error)) from error
     except ConnectError as error:
-        port = "WebSocket port" if url.startswith("ws") else "address"
-        raise TestError(f"{error}; is the server running, and is this its {port}?") from error
+        # The others ask this themselves.
+        hint = "; is the server running, and is this its WebSocket port?" if url.startswith("ws") else ""
+        raise TestError(f"{error}{hint}") from error
+    except ValueError as error:
+        raise TestError(str(error)) from error
 
 
 def known_embodiment(client: Client) -> Embodiment:

@@ -160,7 +160,7 @@ class QuicLink:
                     raise InferenceError(f"{self._target}: {outcome.text}: the reply cannot be taken; raise max_message_bytes")
                 case Cancelled():
                     raise InferenceError(f"{self._target}: the server dropped the request without an answer")
-        lost = next(channel.lost for channel, _ in streams if channel.lost is not None)
+        lost = next(channel.lost for channel, stream in streams if channel.lost is not None and stream not in channel.outcomes)
         self.close()
         raise ConnectionLostError(f"the connection to {self._target} broke while a reply was awaited: {lost}")
 
@@ -169,7 +169,7 @@ class QuicLink:
         unanswered = [(channel, stream) for channel, stream in streams if channel.outcomes.pop(stream, None) is None]
         if unanswered and not self._closed:
             for channel, stream in unanswered:
-                channel.connection.cancel(stream)
+                channel.cancel(stream)
             channels = [channel for channel, _ in unanswered]
             pump(channels, lambda: not any(channel.connection.pacing for channel in channels), time.monotonic() + _FAREWELL_S)
 
@@ -222,15 +222,20 @@ class QuicLink:
         return all(channel.connection.established for channel in self._channels)
 
     def _handshake_failure(self) -> ConnectError:
-        channel = next(channel for channel in self._channels if channel.lost is not None or not channel.connection.established)
+        unmade = [channel for channel in self._channels if channel.lost is not None or not channel.connection.established]
+        channel = next((channel for channel in unmade if channel.lost is not None), unmade[0])
         if channel.refused:
-            return ConnectError(f"{self._target}: nothing listens there for UDP; is the server running, and is it the QUIC port?")
+            refused = ConnectError(f"{self._target}: nothing listens there for UDP; is the server running, and is it the QUIC port?")
+            refused.__cause__ = ConnectionRefusedError()  # as the other transports' errors have it: clients that wait for a server look for it
+            return refused
         ended = channel.connection.ended
         if ended is None:
             return ConnectError(
                 f"nothing answered at {self._target} over UDP within {self._connect_timeout_s:g} s; "
                 "is it the QUIC port, and does the network let UDP through?"
             )
+        if ended.why is Why.CLOSED:
+            return ConnectError(f"{self._target}: {ended.text}")
         if ended.why is not Why.CERTIFICATE:
             return ConnectError(f"{self._target}: the QUIC handshake failed: {ended.text}; expected a server that speaks {ALPN!r}")
         sha256 = channel.connection.peer_sha256
@@ -282,11 +287,14 @@ class QuicLink:
 
 
 def _settled(streams: list[Stream]) -> bool:
-    """Whether a request is decided: its answer is there, an error is, or a connection that it needs has gone."""
+    """Whether a request is decided: its answer is there, an error is, or a connection that it needs has gone.
+
+    A connection whose part has been taken is not needed any more: a server that drains closes it while the answer is made.
+    """
     first, stream = streams[0]
     return (
         stream in first.outcomes
-        or _any_lost([channel for channel, _ in streams])
+        or any(channel.lost is not None and stream not in channel.outcomes for channel, stream in streams)
         or any(_bad(channel.outcomes.get(stream)) for channel, stream in streams[1:])
     )
 

@@ -6,6 +6,7 @@ like a slow network.
 
 from __future__ import annotations
 
+import errno
 import logging
 import select
 import time
@@ -26,6 +27,10 @@ PING_AFTER_S = 5.0
 """How long the server may be silent, while something is expected of it, before it is asked for a sign of life."""
 LOST_AFTER_S = 20.0
 """How long it may be silent before it is taken for lost."""
+STUCK_AFTER_S = 20.0
+"""How long requests may not arrive although the server is heard: then the network takes only small datagrams where it took larger ones (another
+way to the server, a VPN), which qh3 does not notice. Large requests get :data:`_SLOWEST_BYTES_PER_S` on top."""
+_SLOWEST_BYTES_PER_S = 200_000
 
 Outcome = Message | Rejected | Cancelled
 
@@ -48,14 +53,17 @@ class Channel:
         self._clock_s = self.heard_s = self._pinged_s = time.monotonic()
         self.connection = MessageConnection.client(configuration, self._udp.peer, self._clock_s, max_message_bytes=max_message_bytes)
         self.refused = False
-        self._silent: str | None = None
+        self._useless: str | None = None
+        self._stuck_since_s: float | None = None
+        self._patience_s = STUCK_AFTER_S
+        self._cancelled = False
         self.outcomes: dict[int, Outcome] = {}
 
     @property
     def lost(self) -> str | None:
         if self.connection.ended is not None:
             return self.connection.ended.text
-        return "nothing listens there any more" if self.refused else self._silent
+        return "nothing listens there any more" if self.refused else self._useless
 
     def advance(self, now: float) -> None:
         """Take what has arrived, do what is due, send what there is to send."""
@@ -67,30 +75,47 @@ class Channel:
         except ConnectionRefusedError:
             self.refused = True
         except OSError as error:
-            self._rebind(error)
+            if error.errno != errno.EMSGSIZE:  # a router's word on a path-MTU probe
+                self._rebind(error)
         self._clock_s = max(self._clock_s, now)
         self.connection.handle_timer(self._clock_s)
         for event in self.connection.events():
             match event:
                 case Arrived(stream, message):
                     self.outcomes[stream] = message
+                    self._stuck_since_s = None
                 case Rejected(stream) | Cancelled(stream):
                     self.outcomes[stream] = event
+                    self._stuck_since_s = None
                 case _:
                     pass
         self._transmit()
+        # Not before: what was lost counts as under way only when it has been sent again.
+        if self.connection.delivered and not self.connection.pacing and not self._cancelled:
+            self._stuck_since_s = None
 
     def request(self, type: int, body: Sequence[Buffer]) -> int:
         """Send a message; returns the stream whose outcome is its answer."""
+        self._patience_s = STUCK_AFTER_S + sum(memoryview(piece).nbytes for piece in body) / _SLOWEST_BYTES_PER_S
+        self._cancelled = False
+        if self._stuck_since_s is None:
+            self._stuck_since_s = self._clock_s
         for stream in self.connection.request(type, body):  # noqa: B007
             self._transmit()
         return stream
+
+    def cancel(self, stream: int) -> None:
+        """Give up waiting for a stream's outcome."""
+        self._cancelled = True  # what is thrown away has not been delivered
+        self.connection.cancel(stream)
 
     def expect(self, now: float, since_s: float) -> None:
         """Something is expected of the server since ``since_s``: see to it that a dead one is noticed."""
         silent_s = now - max(self.heard_s, since_s)
         if silent_s > LOST_AFTER_S:
-            self._silent = f"nothing was heard from the server for {LOST_AFTER_S:g} s"
+            self._useless = f"nothing was heard from the server for {LOST_AFTER_S:g} s"
+        elif self._stuck_since_s is not None and now - self._stuck_since_s > self._patience_s:
+            self._useless = f"the server is there, but no request has got through for {self._patience_s:.0f} s"
         elif silent_s > PING_AFTER_S and now - self._pinged_s > PING_AFTER_S and self.connection.established:
             self.ping(now)
 
@@ -123,7 +148,10 @@ class Channel:
         except ConnectionRefusedError:
             self.refused = True
         except OSError as error:
-            self._rebind(error)
+            if error.errno == errno.EMSGSIZE:
+                self._useless = "the network takes only smaller datagrams than before"
+            else:
+                self._rebind(error)
 
     def _rebind(self, error: OSError) -> None:
         """Go on from a new local address: the network that the socket was bound to is gone. What was being sent counts as lost on its way."""
@@ -133,6 +161,7 @@ class Channel:
             logger.debug("no way to %s yet: %s", self._address, still)
             return
         logger.info("the network changed (%s): going on from %s", error, udp.address)
+        udp.largest_sent = self._udp.largest_sent
         self._udp.close()
         self._udp = udp
 

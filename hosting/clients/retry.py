@@ -56,10 +56,10 @@ class Deadline:
         return None if math.isinf(self._at_s) else max(0.0, self._at_s - self._clock())
 
     def within(self, limit_s: float | None) -> float | None:
-        """``limit_s``, or what is left if that is less."""
+        """``limit_s``, or what is left if that is less; None: for ever."""
         left_s = self.left_s()
         if left_s is None or limit_s is None:
-            return limit_s if left_s is None else left_s
+            return (None if limit_s == math.inf else limit_s) if left_s is None else left_s
         return min(left_s, limit_s)
 
     def allows(self, pause_s: float) -> bool:

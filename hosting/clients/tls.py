@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import socket
 import ssl
 from typing import Any
 
+from hosting.certificates import normalize_sha256
 from hosting.clients.errors import AuthenticationError
+
+
+def check_trust(url: str, *, pin: str | None, cafile: str | None) -> None:
+    """Whether ``url`` leads to servers that can be known by ``pin`` or ``cafile``.
+
+    Raises:
+        ValueError: no certificate comes from there, so that anybody would pass for the server; the pin is none; or both are given.
+    """
+    if pin is None and cafile is None:
+        return
+    given = "cafile" if pin is None else "pin"
+    if not has_certificate(url):
+        raise ValueError(f"{given}: {url} brings no certificate to check; leave it out, or use wss:// or quic://")
+    if pin is not None and cafile is not None:
+        raise ValueError("pin and cafile: give one of them; a pinned certificate needs no authority")
+    if pin is not None:
+        normalize_sha256(pin)
+
+
+def has_certificate(url: str) -> bool:
+    """Whether servers at ``url`` show a certificate; true of ``auto://``, which takes no other server where one is asked for."""
+    return url.partition(":")[0].lower() not in ("ws", "unix")
 
 
 def client_context(*, pin: str | None, cafile: str | None, verify: bool) -> ssl.SSLContext:
@@ -21,12 +43,10 @@ def client_context(*, pin: str | None, cafile: str | None, verify: bool) -> ssl.
         verify: False trusts any server; must be asked for.
 
     Raises:
-        ValueError: the pin is none, or is given together with ``cafile``.
+        ValueError: the pin is none.
         AuthenticationError: ``cafile`` cannot be read.
     """
     if pin is not None:
-        if cafile is not None:
-            raise ValueError("pin and cafile: give one of them; a pinned certificate needs no authority")
         return _Pinned(pin)
     try:
         context = ssl.create_default_context(cafile=cafile)
@@ -44,9 +64,7 @@ class _Pinned(ssl.SSLContext):
     _pin: str
 
     def __new__(cls, pin: str) -> _Pinned:
-        digits = pin.replace(":", "").lower()
-        if not re.fullmatch("[0-9a-f]{64}", digits):
-            raise ValueError(f"pin: got {pin[:80]!r}, expected the 64 hexadecimal digits of a certificate's SHA-256")
+        digits = normalize_sha256(pin)
         context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

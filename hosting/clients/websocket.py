@@ -94,7 +94,7 @@ class WebSocketLink:
 
     def exchange(self, type: int, body: Sequence[Buffer], timeout_s: float | None) -> Message:
         """Send INFER or RESET and wait for the answer; see :meth:`~hosting.clients.link.Link.exchange`."""
-        frame = _reset_request(body) if type == MessageType.RESET else body[0] if len(body) == 1 else b"".join(body)
+        frame = [_reset_request(body)] if type == MessageType.RESET else body
         deadline = Deadline(timeout_s, time.monotonic)
         with self._busy:
             try:
@@ -102,7 +102,7 @@ class WebSocketLink:
                 answer = self._stream.receive(deadline)
             except TimeoutError:
                 self._stream.abort()
-                raise ReplyTimeoutError(f"{self._url} did not answer within {timeout_s} s; the connection is closed") from None
+                raise ReplyTimeoutError(f"{self._url} did not answer within {timeout_s:g} s; the connection is closed") from None
             except StreamClosedError as error:
                 self._stream.abort()
                 raise ConnectionLostError(f"the connection to {self._url} broke: {error}") from error
@@ -133,7 +133,7 @@ class WebSocketLink:
         try:
             greeting = self._stream.receive(Deadline(ready_timeout_s, time.monotonic))
         except TimeoutError:
-            text = f"{self._url} took the connection but did not greet within {ready_timeout_s} s; it may still be loading"
+            text = f"{self._url} took the connection but did not greet within {ready_timeout_s:g} s; it may still be loading"
             raise ConnectError(text) from None
         except StreamClosedError as error:
             raise ConnectError(f"{self._url} ended the connection before it greeted: {error}") from error
@@ -172,7 +172,7 @@ def _connect_errors(url: str, timeout_s: float) -> Iterator[None]:
         hint = "give pin=… (the server's log has its SHA-256) or cafile=…"
         raise AuthenticationError(f"cannot trust {url}: {error.verify_message}; {hint}") from error
     except TimeoutError as error:
-        raise ConnectError(f"cannot connect to {url}: no answer within {timeout_s} s") from error
+        raise ConnectError(f"cannot connect to {url}: no answer within {timeout_s:g} s") from error
     except (OSError, ValueError, WebSocketException, StreamClosedError) as error:
         raise ConnectError(f"cannot connect to {url}: {_one_line(error)}") from error
 

@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
@@ -24,6 +24,7 @@ from websockets.uri import parse_uri
 
 from hosting.clients.link import Buffer
 from hosting.clients.retry import Deadline
+from hosting.clients.websocket_frame import LARGE_BYTES, FrameMemory
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _PING_AFTER_S = 20.0
 _LOST_AFTER_S = 120.0
 """Of silence. openpi's own server answers no ping while it infers or compiles; its clients' 20 s cost them connections that were good."""
 
-_RECEIVE_BYTES = 1 << 18
+_RECEIVE_BYTES = 1 << 16
 
 
 class StreamClosedError(Exception):
@@ -67,6 +68,7 @@ class WebSocketStream:
     ) -> None:
         uri = parse_uri(url)
         self._protocol = ClientProtocol(uri, max_size=None)
+        self._frames = FrameMemory()
         self._messages: deque[str | bytes] = deque()
         self._fragments: list[Frame] = []
         self._heard_s = time.monotonic()
@@ -91,8 +93,8 @@ class WebSocketStream:
         """Whether messages can still be exchanged, as far as is known: :meth:`pump` finds out more."""
         return self._protocol.state is State.OPEN and self._socket.fileno() >= 0
 
-    def send(self, message: Buffer, deadline: Deadline) -> None:
-        """Send one binary message.
+    def send(self, message: Sequence[Buffer], deadline: Deadline) -> None:
+        """Send one binary message, whose parts need no joining before.
 
         Raises:
             TimeoutError: the deadline passed; the message may be half sent, so the stream must be closed.
@@ -103,8 +105,12 @@ class WebSocketStream:
         if self._messages:
             # It would pass for the answer to this one.
             raise StreamClosedError("the server sent a message that nobody had asked for")
-        self._protocol.send_binary(message)
-        self._flush(deadline)
+        if sum(memoryview(part).nbytes for part in message) < LARGE_BYTES:
+            self._protocol.send_binary(b"".join(message))
+            self._flush(deadline)
+        else:
+            self._flush(deadline)
+            self._transmit(self._frames.frame(message), deadline)
 
     def receive(self, deadline: Deadline) -> str | bytes:
         """The next message. A silent server is pinged, and given up after two minutes.
@@ -207,20 +213,23 @@ class WebSocketStream:
 
     def _flush(self, deadline: Deadline) -> None:
         for data in self._protocol.data_to_send():
-            left = memoryview(data)
-            if not left:  # the protocol's sign for the end of what we send
+            if data:
+                self._transmit(memoryview(data), deadline)
+            else:  # the protocol's sign for the end of what we send
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_WR)
-            while left:
-                try:
-                    left = left[self._socket.send(left) :]
-                except (BlockingIOError, ssl.SSLWantWriteError):
-                    if not deadline.allows(0.0):
-                        raise TimeoutError from None
-                    self._wait(select.POLLOUT, deadline.left_s())
-                except OSError as error:
-                    self._read_last_words()
-                    raise StreamClosedError(self._reason(error)) from error
+
+    def _transmit(self, left: memoryview, deadline: Deadline) -> None:
+        while left:
+            try:
+                left = left[self._socket.send(left) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                if not deadline.allows(0.0):
+                    raise TimeoutError from None
+                self._wait(select.POLLOUT, deadline.left_s())
+            except OSError as error:
+                self._read_last_words()
+                raise StreamClosedError(self._reason(error)) from error
 
     def _read_last_words(self) -> None:
         """What the server said before it hung up, for the error."""

@@ -47,11 +47,14 @@ def channels_first(image_specs: Sequence[Mapping[str, Any]]) -> frozenset[Path]:
     return frozenset(tuple(map(str, spec["path"])) for spec in image_specs if spec["target_shape"][2] != 3 and spec["target_shape"][0] == 3)
 
 
-def decoded(observation: Mapping[str, Any], paths: Sequence[Path], *, chw: frozenset[Path] = frozenset(), max_bytes: int) -> dict[str, Any]:
+def decoded(
+    observation: Mapping[str, Any], paths: Sequence[Path], *, chw: frozenset[Path] = frozenset(), max_bytes: int, taken_bytes: int = 0
+) -> dict[str, Any]:
     """``observation`` with the images at ``paths`` as uint8 RGB arrays, ``[h, w, 3]`` or, where ``chw`` says so, ``[3, h, w]``.
 
     Args:
-        max_bytes: how much all decoded images may hold; checked on their headers.
+        max_bytes: how much all decoded images of a request may hold; checked on their headers.
+        taken_bytes: what those of its other observations hold.
 
     Raises:
         ObservationError: an image is damaged or too large; names its key.
@@ -59,7 +62,7 @@ def decoded(observation: Mapping[str, Any], paths: Sequence[Path], *, chw: froze
     import simplejpeg
 
     images: dict[Path, bytes] = {path: _at(observation, path) for path in paths}
-    left = max_bytes
+    left = max_bytes - taken_bytes
     for path, jpeg in images.items():
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg, strict=True)
@@ -81,6 +84,11 @@ def decoded(observation: Mapping[str, Any], paths: Sequence[Path], *, chw: froze
         image.flags.writeable = False
         _put(result, path, image.transpose(2, 0, 1) if path in chw else image)
     return result
+
+
+def image_bytes(observation: Mapping[str, Any], paths: Sequence[Path]) -> int:
+    """What the decoded images at ``paths`` hold."""
+    return sum(_at(observation, path).nbytes for path in paths)
 
 
 def _leaves(value: Mapping[Any, Any], path: Path) -> list[tuple[Path, Any]]:

@@ -15,19 +15,31 @@ does not match its data.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
+from struct import Struct
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from hosting.protocol.msgpack_reader import Map, read
+from hosting.protocol.msgpack_reader import MAX_DEPTH, Map, read
 from pi0.errors import MessageError
 
 _REFUSED_KINDS = "OVc"  # object (needs pickle), void and structured, complex: openpi refuses them as well
 _SCALAR_DATA = {"U": (str,), "S": (bytes,)}
 _MAX_NDIM = 32
+_UNPACKABLE = (ValueError, TypeError, OverflowError)
+
+_PART_BYTES = 4096
+"""Joining smaller arrays to what stands before them is cheaper than two more parts."""
+
+_STAND_IN = msgpack.ExtType(0, os.urandom(16))
+"""Where an array's data will be; never sent. Nobody else can write it."""
+_PACKED_STAND_IN = msgpack.packb(_STAND_IN)
+_BIN16, _BIN32 = Struct(">BH"), Struct(">BI")
 
 
 class Dialect(Enum):
@@ -43,12 +55,35 @@ def pack(value: Any, dialect: Dialect = Dialect.OPENPI) -> bytes:
     """``value`` as msgpack; arrays in C order.
 
     Raises:
-        ValueError: an array or scalar of a dtype that the dialect does not have.
+        ValueError: an array or scalar of a dtype that the dialect does not have, or text that UTF-8 does not have. Like the others, it names the key.
         TypeError: an object that msgpack does not have.
         OverflowError: an integer beyond 64 bits.
     """
-    packed: bytes = msgpack.packb(value, default=_encode_openpi if dialect is Dialect.OPENPI else _encode_pypi)
-    return packed
+    return _packed(value, _encode_openpi if dialect is Dialect.OPENPI else _encode_pypi)
+
+
+def pack_parts(value: Any) -> list[bytes | memoryview]:
+    """``pack(value)`` in parts, which need no joining before they are sent: the data of large arrays are views of the caller's memory.
+
+    Raises:
+        ValueError, TypeError, OverflowError: as :func:`pack`.
+    """
+    arrays: list[memoryview] = []
+
+    def encode(item: Any) -> Any:
+        encoded = _encode_openpi(item)
+        data = encoded[b"data"]
+        if isinstance(item, np.ndarray) and len(data) >= _PART_BYTES:
+            arrays.append(memoryview(data))
+            encoded[b"data"] = _STAND_IN
+        return encoded
+
+    pieces = _packed(value, encode).split(_PACKED_STAND_IN)
+    parts: list[bytes | memoryview] = []
+    for piece, data in zip(pieces, arrays, strict=False):
+        size = len(data)
+        parts += (piece + (_BIN16.pack(0xC5, size) if size < 1 << 16 else _BIN32.pack(0xC6, size)), data)
+    return [*parts, pieces[-1]]
 
 
 def unpack(message: bytes | bytearray | memoryview) -> Any:
@@ -89,6 +124,31 @@ def unpack_with_dialect(message: bytes | bytearray | memoryview) -> tuple[Any, D
     return read(message, hook), first
 
 
+def _packed(value: Any, encode: Callable[[Any], Any]) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(value, default=encode)
+    except _UNPACKABLE as error:
+        kind = next(kind for kind in _UNPACKABLE if isinstance(error, kind))
+        raise kind(f"{_culprit(value, encode)}{error}") from error
+    return packed
+
+
+def _culprit(value: Any, encode: Callable[[Any], Any]) -> str:
+    """The keys and indices, with dots and a colon, of the first thing in ``value`` that cannot be packed; empty where it has none."""
+    keys: list[str] = []
+    while isinstance(value, dict | list | tuple) and len(keys) < MAX_DEPTH:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            try:
+                msgpack.packb(item, default=encode)
+            except _UNPACKABLE:
+                keys.append(str(key))
+                value = item
+                break
+        else:
+            break  # it is the key that cannot
+    return f"{'.'.join(keys)}: " if keys else ""
+
+
 def _encode_openpi(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": _data(value), b"dtype": value.dtype.str, b"shape": value.shape}
@@ -117,7 +177,9 @@ def _data(array: np.ndarray[Any, Any]) -> memoryview | bytes:
     return flat.view(np.uint8).data if flat.size and flat.dtype.kind not in "Mm" else flat.tobytes()
 
 
-def _unknown(value: object) -> TypeError:
+def _unknown(value: object) -> Exception:
+    if isinstance(value, int):
+        return OverflowError("an integer of more than 64 bits; send it as text")
     return TypeError(f"cannot send a {type(value).__name__}; convert it to an array, number, string, list or map")
 
 
@@ -169,7 +231,7 @@ def _pypi_value(entries: Map) -> Any:
     name, data = entries.get(b"type"), entries.get(b"data")
     if entries[b"nd"] is True:
         kind = entries.get(b"kind", b"")
-        if kind in (b"V", b"O", "V", "O"):
+        if isinstance(kind, str | bytes | memoryview) and kind in (b"V", b"O", "V", "O"):
             raise MessageError(f"Unsupported dtype: {_short(name)}; send arrays of numbers, booleans or text")
         return _array(name, entries.get(b"shape"), data)
     dtype = _dtype(name)

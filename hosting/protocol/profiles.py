@@ -99,7 +99,7 @@ def choose_profile(path: str, query: str, *, default: ProfileName = "openpi", re
     """
     options: dict[str, str] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
-        if key in options:
+        if key in options and key in _PARAMETERS:
             raise RequestError(f"{key}: is given twice in the address; give it once")
         options[key] = value
     name = options.pop("profile", "vllm" if path in VLLM_PATHS else default)

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from pi0.errors import MessageError
 
 MAX_BATCH = 256
@@ -94,9 +96,9 @@ def parse_request(value: Any) -> InferRequest | ResetRequest:
     if value.keys().isdisjoint(_OWN):
         return InferRequest((Row(openpi_keys(value)),))
     endpoint = value.get("endpoint", "infer")
-    if endpoint == "reset":
+    if _is_text(endpoint, "reset"):
         return ResetRequest(_reset_sessions(value), _echo(value))
-    if endpoint != "infer":
+    if not _is_text(endpoint, "infer"):
         raise MessageError(f"endpoint: got {_short(endpoint)}, expected infer or reset")
     return InferRequest((_row(value),))
 
@@ -113,7 +115,7 @@ def openpi_keys(observation: dict[str, Any]) -> dict[str, Any]:
         return observation
     renamed: dict[str, Any] = {}
     for key, value in observation.items():
-        if counts_from_zero and (match := _EXTERNAL.fullmatch(key)):
+        if counts_from_zero and isinstance(key, str) and (match := _EXTERNAL.fullmatch(key)):
             key = f"{match[1]}{int(match[2]) + 1}{match[3]}"
         elif key == "task" and "prompt" not in observation:
             key = "prompt"
@@ -123,12 +125,13 @@ def openpi_keys(observation: dict[str, Any]) -> dict[str, Any]:
 
 def _batch_rows(rows: list[Any]) -> list[Row]:
     if not 0 < len(rows) <= MAX_BATCH:
-        raise MessageError(f"batch: has {len(rows)} observations, expected 1 to {MAX_BATCH}; split it into several requests")
+        remedy = "; split it into several requests" if rows else ""
+        raise MessageError(f"batch: has {len(rows)} observations, expected 1 to {MAX_BATCH}{remedy}")
     parsed = []
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise MessageError(f"batch[{index}]: is a {type(row).__name__}, expected a map of observation keys to values")
-        if row.get("endpoint", "infer") != "infer":
+        if not _is_text(row.get("endpoint", "infer"), "infer"):
             raise MessageError(f"batch[{index}].endpoint: got {_short(row['endpoint'])}, expected infer; send a reset by itself")
         try:
             parsed.append(_row(row))
@@ -168,9 +171,14 @@ def _reset_sessions(value: dict[str, Any]) -> tuple[str, ...] | None:
 def _session_id(value: Any, key: str = "session_id") -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) and (_is_bool(value) or not hasattr(value, "__index__")):
-        raise MessageError(f"{key}: got {_short(value)}, expected text or a whole number")
-    text = str(value)
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()  # RoboArena's own client sends an array of one number
+    try:
+        if _is_bool(value):
+            raise TypeError
+        text = value if isinstance(value, str) else str(operator.index(value))
+    except TypeError:
+        raise MessageError(f"{key}: got {_short(value)}, expected text or a whole number") from None
     if not 0 < len(text) <= MAX_SESSION_ID_CHARS:
         raise MessageError(f"{key}: has {len(text)} characters, expected 1 to {MAX_SESSION_ID_CHARS}")
     return text
@@ -221,13 +229,19 @@ def _deadline_ms(value: Any) -> float | None:
 def _echo(value: dict[str, Any]) -> dict[str, Any]:
     echo = {key: value[key] for key in _ECHOED if value.get(key) is not None}
     for key, item in echo.items():
+        if isinstance(item, np.generic):
+            echo[key] = item = item.item()
         if not isinstance(item, str | int | float) or (isinstance(item, str) and len(item) > MAX_SESSION_ID_CHARS):
             raise MessageError(f"{key}: got {_short(item)}, expected a number or a text of at most {MAX_SESSION_ID_CHARS} characters")
     return echo
 
 
+def _is_text(value: Any, text: str) -> bool:
+    return isinstance(value, str) and value == text  # an array compares its elements
+
+
 def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or type(value).__name__ == "bool"  # NumPy's is none of Python's
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # NumPy's, by its name in NumPy 2 and 1, is none of Python's
 
 
 def _short(value: object) -> str:

@@ -118,7 +118,8 @@ class Assembler(Generic[Reply]):
         arrived = transfer.arrived_bytes + len(piece)
         if arrived > total or (len(transfer.slices) + 1 == count and arrived != total):
             raise MessageError(f"the parts have {arrived} bytes together; they announce {total}")
-        if self._held_bytes + len(piece) > 2 * self._max_message_bytes or len(self._transfers) >= MAX_UNFINISHED:
+        crowded = transfer_id not in self._transfers and len(self._transfers) >= MAX_UNFINISHED
+        if crowded or self._held_bytes + len(piece) > 2 * self._max_message_bytes:
             raise MessageError("too many unfinished striped messages at once; send again, over fewer connections")
         transfer.slices[index] = piece
         transfer.arrived_bytes = arrived

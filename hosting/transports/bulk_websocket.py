@@ -15,9 +15,13 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 from websockets.protocol import State
+
+_BULK_BYTES = 4 * 1024
+"""From here on a frame takes the short way: three cameras as JPEG are 20 to 60 kB."""
 
 _READ_BYTES = 16 * 1024
 """What is read at once while nothing large is expected."""
@@ -31,31 +35,36 @@ _GROWTH = 4
 _AHEAD = 1
 """How many messages may wait behind the one that the app works on. Reading goes on until then, and with it pings are answered."""
 
+_PROGRESS_BYTES = 16 * 1024
+"""What has to come within a ping timeout of a client whose pong does not: in the middle of a long message there is no room for one."""
+
 _LINGER_S = 5.0
 """How long a client that broke the rules may go on sending, in seconds, before the connection is closed under it."""
 
 _FIN = 0x80
 _MASKED = 0x80
 _WHOLE_BINARY = _FIN | Opcode.BINARY
-_MASKED_LENGTH_64 = _MASKED | 127
-_BULK_HEADER = _MAX_HEADER = 14
+_MASKED_LENGTHS = (_MASKED | 126, _MASKED | 127)
+_BULK_HEADER_16, _BULK_HEADER_64 = 8, 14
+_MAX_HEADER = _BULK_HEADER_64
 _HEADER_SIZE = tuple(2 + {126: 2, 127: 8}.get(second & 127, 0) + (4 if second & _MASKED else 0) for second in range(256))
 """Size of a frame header by its second byte."""
 
-_PAD = 2
-"""Bytes before a header that is read together with its payload, so that the payload is aligned to words."""
+_PAYLOAD = 16
+"""Where the payload of a frame goes that is read together with its header: aligned to words."""
 
 
 class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     """For ``ws=`` of :class:`uvicorn.Config`.
 
-    ``websocket.receive`` events carry a :class:`memoryview` instead of bytes for a masked, unfragmented binary frame with a 64-bit
-    length (65536 bytes and more). Order, ``ws_max_size`` and close codes are the parent's; reading pauses ``_AHEAD`` messages later.
+    ``websocket.receive`` events carry a :class:`memoryview` instead of bytes for a masked, unfragmented binary frame of
+    ``_BULK_BYTES`` or more. Order, ``ws_max_size`` and close codes are the parent's; reading pauses ``_AHEAD`` messages later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._landing: NDArray[np.uint8] | None = None  # where a read goes that begins outside a bulk frame
+        self._begin = 0  # where in it
         self._expected = 0  # size of the bulk frame before: the next one is likely to be as large
         self._header = b""  # of the next frame, until it is whole
         self._to_parser = 0  # bytes of the current frame that the parser has yet to get
@@ -63,15 +72,18 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._bulk: _BulkFrame | None = None
         self._app_waits = False
         self._ignoring = False
+        self._came = self._unsent = 0  # bytes received since the last ping, and bytes that were waiting to be sent then
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._bulk is not None:
             return self._bulk.free()
         # Made when something comes and dropped once it is read: an idle connection holds nothing.
-        self._landing = np.empty(_PAD + _BULK_HEADER + max(self._expected, _READ_BYTES), np.uint8)
-        return self._landing.data[_PAD:]
+        self._begin = _PAYLOAD - (_BULK_HEADER_16 if self._expected < 1 << 16 else _BULK_HEADER_64)
+        self._landing = np.empty(_PAYLOAD + max(self._expected, _READ_BYTES), np.uint8)
+        return self._landing.data[self._begin :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        self._came += nbytes
         if self._bulk is not None:
             self._bulk.filled(nbytes)
             self._deliver_if_whole(self._bulk)
@@ -79,14 +91,19 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         assert self._landing is not None
         landing, self._landing = self._landing, None
         self._expected = 0
-        self._feed(landing.data[_PAD : _PAD + nbytes], landing)
+        self._feed(landing.data[self._begin : self._begin + nbytes], landing)
 
     def data_received(self, data: bytes) -> None:
         """The upgrade request comes this way, and all data from event loops that prefer it (uvloop)."""
+        self._came += len(data)
         if self.handshake_initiated:
             self._feed(memoryview(data))
-        else:
-            super().data_received(data)
+            return
+        super().data_received(data)
+        if not self.handshake_initiated:
+            # The parent would keep a connection whose upgrade its parser refuses, and not answer: a body, endless headers.
+            self.transport.write(b"".join(self.conn.data_to_send()) or _bad_request(self.conn.handshake_exc))
+            self.transport.close()
 
     async def receive(self) -> Any:
         self._app_waits = True
@@ -101,6 +118,9 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             payload = message["bytes"]
             self.transport.writelines((_frame_header(len(payload)), payload))
             return
+        if message["type"] == "websocket.send" and self.close_sent:
+            # The app did not close: the client broke the rules or answered no ping while its answer was made. The parent would blame the app.
+            raise ClientDisconnected
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             # The app refused the upgrade with an answer of its own; the parent would report that as an app that gave none.
@@ -111,17 +131,39 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         return ready and not (self.disconnected or self.close_sent) and self.conn.state is State.OPEN
 
     def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not self.close_sent and not _is_utf8(b"".join(self.frames)):
+            # As the parent, which would log a traceback for it.
+            self.frames = []
+            self.conn.send_close(1007)
+            self.handle_parser_exception()
+            return
         super().send_receive_event_to_app()
         if self.read_paused and self.queue.qsize() <= _AHEAD:
             self.read_paused = False
             self.transport.resume_reading()
 
-    def keepalive_timeout(self) -> None:
-        if not self.read_paused:
-            super().keepalive_timeout()
+    def send_keepalive_ping(self) -> None:
+        if self.close_sent or self.transport.is_closing():
+            self.ping_timer = None
+            unsent, self._unsent = self._unsent, self.transport.get_write_buffer_size()
+            if 0 < unsent <= self._unsent:
+                # It was closed, and the client does not take the rest of what it was sent.
+                self.transport.abort()
+            else:
+                self.schedule_ping()
             return
-        # The pong may have come, behind messages that are not read yet.
-        self.pong_timer = self.pending_ping_payload = None
+        super().send_keepalive_ping()
+        self._came, self._unsent = 0, self.transport.get_write_buffer_size()
+
+    def keepalive_timeout(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        stuck = 0 < self._unsent <= unsent
+        taking = unsent < self._unsent
+        # Of a client that sends or takes something, the pong may be on its way behind it; or it has come, behind messages that are not read yet.
+        if self._came >= _PROGRESS_BYTES or taking or (self.read_paused and not stuck):
+            self.pong_timer = self.pending_ping_payload = None
+        else:
+            super().keepalive_timeout()
         self.schedule_ping()
 
     def handle_parser_exception(self) -> None:
@@ -138,7 +180,7 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(_LINGER_S, self.transport.close)
+        self.close_timer = self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def _feed(self, data: memoryview, landing: NDArray[np.uint8] | None = None) -> None:
         """Take ``data`` apart into frames. ``landing`` is the buffer that ``data`` begins in, where it may stay."""
@@ -172,10 +214,10 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self._to_parser = length
             if header[0] & 0x0F == Opcode.CLOSE:
                 self.transport.close()
-        elif header[0] == _WHOLE_BINARY and header[1] == _MASKED_LENGTH_64 and not self._fragmented and length <= self.config.ws_max_size:
+        elif self._is_bulk(header, length):
             self._expected = min(length, _TRUSTED_BYTES)
             if landing is not None and not known:
-                self._bulk = _BulkFrame(length, header[-4:], landing[_PAD + _BULK_HEADER :])
+                self._bulk = _BulkFrame(length, header[-4:], landing[self._begin + size :])
                 count = min(length, len(data))
                 self._bulk.filled(count)
                 data = data[count:]
@@ -189,6 +231,10 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             super().data_received(header)
         return data
 
+    def _is_bulk(self, header: bytes, length: int) -> bool:
+        plain = header[0] == _WHOLE_BINARY and header[1] in _MASKED_LENGTHS and not self._fragmented
+        return plain and _BULK_BYTES <= length <= self.config.ws_max_size
+
     def _deliver_if_whole(self, bulk: _BulkFrame) -> None:
         if not bulk.whole:
             return
@@ -199,6 +245,20 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.queue.put_nowait({"type": "websocket.receive", "bytes": cast(bytes, bulk.unmasked())})
         else:
             self.handle_bytes(Frame(Opcode.BINARY, bulk.unmasked()))
+
+
+def _bad_request(error: Exception | None) -> bytes:
+    text = f"the upgrade request cannot be read: {(error and error.__cause__) or error}\n".encode()
+    head = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n"
+    return head % len(text) + text
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _frame_header(length: int) -> bytes:

@@ -6,6 +6,7 @@ Neither waits for the other: encrypting 600 KB does not delay a ping on the even
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import operator
 import select
@@ -55,7 +56,7 @@ class QuicTransport:
     Args:
         converse: called on ``loop`` for each connection.
         loop: where messages are answered. :meth:`close_idle` and :meth:`close` must be called there.
-        field: the configuration field that the port comes from, for the error message.
+        field: the configuration field that the port comes from, for the error message; no two ports with one certificate may share it.
 
     Attributes:
         failed: completes, with its exception, when the thread ends on an error of ours; else it never does.
@@ -77,7 +78,11 @@ class QuicTransport:
         self._converse = converse
         self._loop = loop
         self._max_message_bytes = max_message_bytes
-        self._router = Router(server_configuration(certificate, idle_timeout_s=idle_timeout_s), greeting_bytes=GREETING_BYTES)
+        self._router = Router(
+            server_configuration(certificate, idle_timeout_s=idle_timeout_s),
+            reset_key=hmac.digest(certificate.key_pem, field.encode(), "sha256"),
+            greeting_bytes=GREETING_BYTES,
+        )
         self._parts: Assembler[Stream] = Assembler(max_message_bytes=max_message_bytes)
         self._socket: UdpSocket | None = None
         self._commands: deque[Callable[[float], None]] = deque()
@@ -272,7 +277,7 @@ class QuicTransport:
         peer, number = stream
         if not peer.greeted and message.type == MessageType.METADATA_REPLY:
             self._router.greet(peer)
-            peer.connection.max_message_bytes = self._max_message_bytes
+            peer.connection.incoming.max_message_bytes = self._max_message_bytes
         elif not peer.greeted:
             self._router.refuse(peer, now)
         peer.connection.reply(number, message)

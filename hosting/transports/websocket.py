@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 GOING_AWAY = 1001
 INTERNAL_ERROR = 1011
 
+_CLOSE_TIMEOUT_S = 2.0
+"""How long a client that does not take what it was sent may delay its own closing."""
+
 _TEXT_TYPES = frozenset({MessageType.ERROR, MessageType.RESET_REPLY})
 
 
@@ -79,8 +82,7 @@ class WebSocketTransport:
 
     async def close_idle(self) -> None:
         """Close the conversations that wait for a request (the endpoint must be draining); the others close after their answer."""
-        for websocket in [websocket for websocket, busy in self._busy.items() if not busy]:
-            await _close(websocket)
+        await asyncio.gather(*[_close(websocket) for websocket, busy in self._busy.items() if not busy])
 
     async def _health(self, request: HTTPRequest) -> PlainTextResponse:
         if self._endpoint.ready:
@@ -98,6 +100,7 @@ class WebSocketTransport:
 
     async def _converse(self, websocket: WebSocket) -> None:
         if not self._authorized(websocket):
+            logger.info("%s: refused a connection: it brought %s API key", self._endpoint.slot, "a wrong" if _api_key(websocket) else "no")
             text = "unauthorized: send the server's API key as 'Authorization: Api-Key KEY' or 'Authorization: Bearer KEY'\n"
             await websocket.send_denial_response(PlainTextResponse(text, status_code=401, headers={"WWW-Authenticate": "Api-Key, Bearer"}))
             return
@@ -106,7 +109,8 @@ class WebSocketTransport:
                 websocket.scope["path"], websocket.scope["query_string"].decode("latin-1"), default=self._profile, reply=self._reply
             )
         except RequestError as error:
-            await websocket.send_denial_response(PlainTextResponse(f"{error}\n", status_code=400))
+            text = client_text(error, slot=self._endpoint.slot)
+            await websocket.send_denial_response(PlainTextResponse(f"{text}\n", status_code=400))
             return
         await websocket.accept()
         self._busy[websocket] = False
@@ -162,12 +166,15 @@ class WebSocketTransport:
             return await receiving
 
     def _authorized(self, request: HTTPConnection) -> bool:
-        if self._api_key is None:
-            return True
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() not in ("api-key", "bearer"):
-            key = request.headers.get("x-api-key", "")
-        return hmac.compare_digest(key.strip().encode(), self._api_key.encode())
+        return self._api_key is None or hmac.compare_digest(_api_key(request).encode(), self._api_key.encode())
+
+
+def _api_key(request: HTTPConnection) -> str:
+    """The key that came; empty if there was none."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() not in ("api-key", "bearer"):
+        key = request.headers.get("x-api-key", "")
+    return key.strip()
 
 
 def _received(message: Message) -> ProtocolMessage:
@@ -186,6 +193,9 @@ async def _send(websocket: WebSocket, message: ProtocolMessage) -> None:
 
 async def _close(websocket: WebSocket, reason: str = "the server is shutting down") -> None:
     try:
-        await websocket.close(GOING_AWAY, reason)
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await websocket.close(GOING_AWAY, reason)
+    except TimeoutError:  # before OSError, which it is
+        logger.info("a client does not read what it was sent; its connection ends without a close frame")
     except (RuntimeError, WebSocketDisconnect, OSError):
         logger.debug("a client had closed its connection before the server could")

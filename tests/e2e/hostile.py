@@ -16,11 +16,13 @@ from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from websockets.frames import Frame, Opcode
 
-from hosting.clients import connect
+from hosting.clients import Client, connect
+from hosting.clients.errors import InferenceError
 from hosting.clients.link import Link
 from hosting.clients.quic import QuicLink
 from hosting.clients.quic_channel import Channel, pump
@@ -32,6 +34,7 @@ from hosting.protocol import jpeg, local_frame, msgpack_numpy
 from hosting.protocol.messages import Message, MessageType
 from hosting.protocol.msgpack_numpy import Dialect
 from hosting.protocol.striping import split
+from hosting.udp import UdpSocket
 from tests.golden_data import GOLDEN
 from tests.hosting.protocol.fuzz import mutations
 from tests.hosting.transports.unix_support import framed, socket_directory
@@ -54,7 +57,7 @@ class StartledError(Exception):
 
 
 class NosyPolicy:
-    """An action policy that looks at every byte it is given: the answer carries a digest of the observation."""
+    """An action policy that looks at every byte it is given: its answer has a digest of the observation, and ``padding`` zeros."""
 
     def __init__(self) -> None:
         self.metadata: dict[str, Any] = {
@@ -67,7 +70,8 @@ class NosyPolicy:
             raise ObservationError("state: missing, expected an array of numbers")
         if not isinstance(obs["state"], np.ndarray):
             raise StartledError(type(obs["state"]).__name__)
-        return {"actions": np.full((HORIZON, 2), float(seed or 0)), "digest": digest(obs), "policy_timing": {"infer_ms": 1.0}}
+        padding = np.zeros(obs["padding"] if isinstance(obs.get("padding"), int) else 0, np.uint8)
+        return {"actions": np.full((HORIZON, 2), float(seed or 0)), "digest": digest(obs), "padding": padding, "policy_timing": {"infer_ms": 1.0}}
 
 
 def digest(value: Any) -> str:
@@ -123,7 +127,7 @@ class Ground:
 
     def __init__(self, service: RunningService, watcher: Watcher, stack: ExitStack) -> None:
         self.service = service
-        self._watcher = watcher
+        self.watcher = watcher
         self._stack = stack
         host, port = service.addresses["action"].removeprefix("ws://").split(":")
         self.websocket = (host, int(port))
@@ -131,10 +135,10 @@ class Ground:
         self.quic = (host, int(port))
         self.unix = Path(service.addresses["action unix"].removeprefix("unix://"))
         self.pin: str = service.service.status()["quic_certificate_sha256"]
-        urls = (service.addresses["action"], service.addresses["action quic"], service.addresses["action unix"])
-        self._good = [stack.enter_context(connect(url, pin=self.pin if url.startswith("quic") else None)) for url in urls]
+        self._good = [self.client(transport) for transport in ("websocket", "quic", "unix")]
         self._threads = set(threading.enumerate())
         self.asked = 0
+        self.check()
 
     def link(self, transport: str, path: str = "/") -> Link:
         """A new link of ``websocket``, ``quic`` or ``unix``; closed with the ground."""
@@ -149,18 +153,39 @@ class Ground:
         self._stack.callback(link.close)
         return link
 
-    def check(self) -> None:
-        """What must hold whatever came before. The good clients' connections are those from before the attack."""
+    def client(self, transport: str, **options: Any) -> Client:
+        """A new client; closed with the ground."""
+        url = self.service.addresses["action" if transport == "websocket" else f"action {transport}"]
+        options = {"api_key": self.service.service.config.api_key, **options}
+        return self._stack.enter_context(connect(url, pin=self.pin if transport == "quic" else None, **options))
+
+    def check(self, *, in_a_rush: bool = False) -> None:
+        """What must hold whatever came before. The good clients' connections are those from before the attack.
+
+        Args:
+            in_a_rush: the slot's queue may be full, and they have to ask again.
+        """
         for client in self._good:
             self.asked += 1
             obs = observation(self.asked)
-            assert client.infer(obs)["digest"] == digest(obs), f"{client} got a wrong answer"
+            reply = _asked_again(client, obs) if in_a_rush else client.infer(obs)
+            assert reply["digest"] == digest(obs), f"{client} got a wrong answer"
         with urllib.request.urlopen(f"http://{self.websocket[0]}:{self.websocket[1]}/healthz", timeout=SECONDS) as answer:
             assert answer.status == 200
         gc.collect()  # a task whose exception nobody took says so when it goes
+        self.watcher.check()
         dead = [thread.name for thread in self._threads if not thread.is_alive()]
         assert not dead, f"threads died: {dead}"
-        self._watcher.check()
+
+
+def _asked_again(client: Client, obs: dict[str, Any]) -> dict[str, Any]:
+    deadline_s = time.monotonic() + SECONDS
+    while True:
+        try:
+            return client.infer(obs)
+        except InferenceError as error:
+            if error.code != "overloaded" or time.monotonic() > deadline_s:
+                raise
 
 
 @contextmanager
@@ -386,10 +411,35 @@ def damaged_quic_streams(link: QuicLink, rng: random.Random, count: int, *, at_o
     return count
 
 
+def damaged_quic_datagrams(ground: Ground, rng: random.Random, count: int) -> int:
+    """Those of a whole conversation, damaged, cut, aimed at other connections. Until they are given up on, no new client may get in."""
+    captured: list[bytes] = []
+    send = UdpSocket.send
+
+    def capture(udp: UdpSocket, datagrams: Sequence[bytes], *options: Any, **more: Any) -> None:
+        captured.extend(bytes(datagram) for datagram in datagrams)
+        send(udp, datagrams, *options, **more)
+
+    with mock.patch.object(UdpSocket, "send", capture):
+        link = ground.link("quic")
+        check_answer(link.exchange(MessageType.INFER, [msgpack_numpy.pack({**observation(1), "image": np.zeros(20_000, np.uint8)})], SECONDS))
+        link.close()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as attacker:
+        attacker.connect(ground.quic)
+        for number, datagram in enumerate(mutations(captured, rng, count)):
+            if rng.random() < 0.1:
+                datagram = datagram[:6] + rng.randbytes(8) + datagram[14:]
+            attacker.send(datagram[:60_000])
+            if number % 500 == 499:
+                ground.check()
+    return count
+
+
 def _settle(channel: Channel, asked: Sequence[int]) -> None:
     """Wait for the answers, each of which must be one, and give up the streams on which the server rightly waits for other parts."""
     probe = channel.request(MessageType.METADATA, [b""])
-    assert pump([channel], lambda: probe in channel.outcomes or channel.lost is not None, time.monotonic() + SECONDS), "no answer to METADATA"
+    if not pump([channel], lambda: probe in channel.outcomes or channel.lost is not None, time.monotonic() + SECONDS):
+        raise TimeoutError("no answer to METADATA")
     waiting = [stream for stream in asked if stream not in channel.outcomes]
     if waiting:
         pump([channel], lambda: all(stream in channel.outcomes for stream in waiting), time.monotonic() + 0.02)
@@ -409,9 +459,20 @@ def _send_and_read(attacker: socket.socket, data: bytes) -> bytes:
         attacker.shutdown(socket.SHUT_WR)
         while piece := attacker.recv(1 << 16):
             received += piece
-    except (BrokenPipeError, ConnectionResetError):
+    except TimeoutError:
+        raise
+    except OSError:
         pass  # refused and closed before all of it was sent; what had come by then counts
     return bytes(received)
+
+
+@contextmanager
+def keeping_at_most(limit_bytes: int) -> Iterator[None]:
+    """Fails when this process holds that much more at the end; the allocator's slack and the attackers' own memory count."""
+    before = resident_bytes()
+    yield
+    grown = resident_bytes() - before
+    assert grown <= limit_bytes, f"{grown >> 20} MiB more than before"
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,7 @@ from hosting.udp import Received
 
 CLIENT_ADDRESS, SERVER_ADDRESS = ("127.0.0.1", 4001), ("127.0.0.1", 4002)
 LIMIT = 1 << 20
+RESET_KEY = b"the reset key"
 
 
 @functools.cache
@@ -56,7 +57,7 @@ class Pair:
         original_id = self.client._quic.original_destination_connection_id
         settings = server_configuration(certificate(), idle_timeout_s=idle_timeout_s)
         settings.alpn_protocols = [server_protocol]
-        self.server = MessageConnection.server(settings, original_id, max_message_bytes=limit)
+        self.server = MessageConnection.server(settings, original_id, max_message_bytes=limit, reset_key=RESET_KEY)
         self.client_address = CLIENT_ADDRESS
         self.events: dict[MessageConnection, list[Event]] = {self.client: [], self.server: []}
         self._flying: list[tuple[float, MessageConnection, Received]] = []

@@ -75,6 +75,30 @@ def test_servers_that_start_together_agree(tmp_path):
     assert len(made) == 6 and len(set(made)) == 1
 
 
+def test_a_directory_that_has_both_may_be_read_only(tmp_path, monkeypatch):
+    first = local_certificate(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)  # chmod does not stop root, whom tests may run as
+    assert local_certificate(tmp_path) == first
+
+
+def test_a_clock_that_has_never_been_set_does_not_make_a_certificate_of_the_past(tmp_path, monkeypatch):
+    class Unset(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(1970, 1, 1, tzinfo=tz)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hosting.certificates.datetime", Unset)
+        made = local_certificate(tmp_path)
+    assert local_certificate(tmp_path) == made
+    leaf = x509.load_pem_x509_certificate(made.chain_pem)
+    assert leaf.not_valid_before_utc < datetime.now(UTC) < leaf.not_valid_after_utc
+
+
 @pytest.mark.parametrize("gone", [CERTIFICATE_FILE, KEY_FILE])
 def test_half_of_a_pair_is_not_replaced(tmp_path, gone):
     local_certificate(tmp_path)
@@ -162,7 +186,28 @@ def test_an_expired_certificate(tmp_path, p256):
 
 
 def test_a_kind_of_key_that_clients_do_not_offer(tmp_path):
-    assert "expect an ECDSA (P-256) or RSA key" in failing(*write_pair(tmp_path, ed25519.Ed25519PrivateKey.generate()))
+    assert "expect an ECDSA (P-256 or P-384) or RSA key" in failing(*write_pair(tmp_path, ed25519.Ed25519PrivateKey.generate()))
+
+
+@pytest.mark.parametrize("curve", [ec.SECP521R1(), ec.SECP256K1()])
+def test_a_curve_that_clients_do_not_offer(tmp_path, curve):
+    text = failing(*write_pair(tmp_path, ec.generate_private_key(curve)))
+    assert f"is an ECDSA key on {curve.name}; clients expect" in text
+
+
+def test_the_other_curve_is_fine(tmp_path):
+    assert server_configuration(load_certificate(*write_pair(tmp_path, ec.generate_private_key(ec.SECP384R1())))).private_key is not None
+
+
+@pytest.mark.parametrize("key_first", [True, False])
+def test_one_file_may_hold_both(tmp_path, p256, key_first):
+    cert_file, key_file = write_pair(tmp_path, p256)
+    pieces = [b"Bag Attributes\n", cert_file.read_bytes(), key_file.read_bytes()]
+    both = tmp_path / "both.pem"
+    both.write_bytes(b"".join(reversed(pieces) if key_first else pieces))
+    certificate = load_certificate(both, both)
+    assert b"PRIVATE" not in certificate.chain_pem
+    assert server_configuration(certificate).private_key is not None
 
 
 @pytest.mark.parametrize(

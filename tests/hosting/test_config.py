@@ -318,6 +318,21 @@ class TestMalformedFile:
                 {"action": ACTION, "action_transport": None},
                 "action_transport: expected an object with the fields websocket_port, quic_port, unix_socket_path, got null (file robot.json)",
             ),
+            ({"action": ACTION, "api_key": 12345}, "api_key: expected a string or null, got a int, which is secret and not shown (file robot.json)"),
+            ({"action": ACTION, "api_key": ""}, "api_key: is blank; give a value or leave the field out (file robot.json)"),
+            *(
+                (
+                    {"action": ACTION, "api_key": key},
+                    "api_key: has something that an HTTP header cannot carry; take printable ASCII characters, no space or line break at either end "
+                    "(file robot.json)",
+                )
+                for key in ("sesame\n", " sesame", "sésame", "sesame\ud800", "ses\tame")
+            ),
+            (
+                {"action": ACTION, "websocket": {"profile": "roboarena"}},
+                'roboarena.action_space: missing, and with websocket.profile "roboarena" no client could be served; '
+                "set it to one of joint_position, joint_velocity, cartesian_position, cartesian_velocity",
+            ),
             ({"action": ACTION, "host": ""}, "host: is blank; give a value or leave the field out (file robot.json)"),
             (
                 {"action": ACTION, "max_message_bytes": 1000},

@@ -124,6 +124,8 @@ async def test_jpeg_cameras_reach_the_policy_as_images_of_its_layout(worker: Slo
     assert (await serve(endpoint, {"cam": small, "seed": 7}))["saw"] == {"shape": [3, 8, 8]}
     with pytest.raises(ObservationError, match=r"^cam: the JPEG images decode to more than 192 bytes"):
         await serve(endpoint, {"cam": large})
+    with pytest.raises(ObservationError, match=r"^batch\[1\]: cam: the JPEG images decode to more than 192 bytes"):
+        await serve(endpoint, {"batch": [{"cam": small}, {"cam": small}]})
 
 
 async def test_a_batch_has_one_reply_with_a_leading_axis(worker: SlotWorker) -> None:

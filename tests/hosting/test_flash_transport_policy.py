@@ -9,6 +9,8 @@ import pytest
 from hosting.flash_transport_policy import FlashTransportPolicy
 from tests.hosting.clients.scripted import StubLink
 
+PIN = "ab" * 32
+
 
 @pytest.mark.parametrize(
     ("arguments", "url"),
@@ -23,9 +25,9 @@ def test_where_it_connects(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any
     dialled: list[Any] = []
     link = StubLink(metadata={})
     monkeypatch.setattr("hosting.clients.client.dial", lambda url, options, *_: (dialled.append((url, options)), (url, link))[1])
-    with FlashTransportPolicy(*arguments, pin="p", connections=8, timeout_s=1.0) as policy:
+    with FlashTransportPolicy(*arguments, pin=PIN, connections=8, timeout_s=1.0) as policy:
         assert policy.infer({"n": 1})["n"] == 1
         policy.reset()
         assert policy.get_server_metadata() == {}
-    assert dialled[0][0] == url and (dialled[0][1].pin, dialled[0][1].connections) == ("p", 8)
+    assert dialled[0][0] == url and (dialled[0][1].pin, dialled[0][1].connections) == (PIN, 8)
     assert link.closed

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -43,22 +44,25 @@ class TestKey:
         [{}, {"Authorization": "Api-Key Sesame"}, {"Authorization": "Basic sesame"}, {"Authorization": "sesame"}, {"Authorization": "Bearer größer"}],
     )
     def test_any_other_is_refused_during_the_upgrade(self, headers: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-        with start(service_config("action", api_key="sesame"), stubs()) as service, caplog.at_level(logging.ERROR):
+        with start(service_config("action", api_key="sesame"), stubs()) as service, caplog.at_level(logging.INFO):
             with pytest.raises(InvalidStatus) as refused, connect(service.addresses["action"], additional_headers=headers):
                 pass
             response = refused.value.response
             assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Api-Key, Bearer"
             assert response.body is not None and response.body.startswith(b"unauthorized: send the server's API key")
             assert httpx.get(service.http("action") + "/healthz").status_code == 200, "probes need no key"
-        assert caplog.records == []
+        brought = "no" if not headers or "asic" in str(headers) or headers == {"Authorization": "sesame"} else "a wrong"
+        assert f"action: refused a connection: it brought {brought} API key" in caplog.messages
+        assert "esame" not in caplog.text and not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_an_address_that_asks_for_what_there_is_not_is_refused() -> None:
-    with start(service_config("action"), stubs()) as service:
+def test_an_address_that_asks_for_what_there_is_not_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with start(service_config("action"), stubs()) as service, caplog.at_level(logging.INFO):
         with pytest.raises(InvalidStatus) as refused, connect(service.addresses["action"] + "/?profile=x"):
             pass
         assert refused.value.response.status_code == 400
         assert refused.value.response.body == b"profile: got 'x', expected one of openpi, roboarena, empty, vllm\n"
+    assert "action: refused a request: profile: got 'x', expected one of openpi, roboarena, empty, vllm" in caplog.messages
 
 
 def test_profiles_have_their_own_hello() -> None:
@@ -120,6 +124,18 @@ class TestTLS:
             pytest.raises(
                 ConfigError, match=r"^tls: cannot use certificate .*empty\.pem with private_key .*missing\.pem \(.+\); both are PEM files$"
             ),
+            start(service_config("action", tls=tls), stubs()),
+        ):
+            pass
+
+    def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(self, tmp_path: Path) -> None:
+        local_certificate(tmp_path)
+        key = serialization.load_pem_private_key((tmp_path / KEY_FILE).read_bytes(), None)
+        encryption = serialization.BestAvailableEncryption(b"secret")
+        (tmp_path / "locked.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
+        tls = TLSConfig(certificate=str(tmp_path / CERTIFICATE_FILE), private_key=str(tmp_path / "locked.pem"))
+        with (
+            pytest.raises(ConfigError, match=r"^tls: cannot use certificate .* \(the key is encrypted, .*; decrypt it with: openssl pkey .*\); both"),
             start(service_config("action", tls=tls), stubs()),
         ):
             pass

@@ -82,7 +82,7 @@ def test_thousands_of_requests_on_one_connection_leave_nothing_behind():
         arrive(pair, pair.server)
         pair.server.reply(stream, Message(MessageType.REPLY, b"y"))
         arrive(pair, pair.client)
-    assert not pair.client._incoming and not pair.server._incoming and pair.server.unanswered == 0
+    assert not pair.client.incoming and not pair.server.incoming and pair.server.unanswered == 0
 
 
 def test_a_message_over_the_limit_is_refused_while_it_comes_and_the_connection_goes_on():
@@ -92,7 +92,7 @@ def test_a_message_over_the_limit_is_refused_while_it_comes_and_the_connection_g
     assert pair.take(pair.server) == [Rejected(stream, "the message has more than 50000 bytes")]
     pair.server.reply(stream, Message(MessageType.ERROR, b"too large"))
     assert arrive(pair, pair.client) == [Arrived(stream, Message(MessageType.ERROR, b"too large"))]
-    pair.run(lambda: not pair.server._incoming)
+    pair.run(lambda: not pair.server.incoming)
     assert pair.sent < 300, "the rest of it should not have been sent"
     fits = pair.request(MessageType.INFER, bytes(50_000))
     assert arrive(pair, pair.server)[0].stream == fits
@@ -113,7 +113,7 @@ def test_unfinished_messages_share_one_limit():
         quic.send_stream_data(stream, b"\x04" + bytes(20_000), False)
     pair.run(lambda: pair.events[pair.server])
     assert [type(event) for event in pair.take(pair.server)] == [Rejected]
-    assert pair.server._incoming_bytes <= 50_100
+    assert pair.server.incoming.held_bytes <= 50_100
 
 
 def test_a_stream_without_a_type_byte_is_refused():
@@ -140,7 +140,7 @@ def test_a_cancelled_request_is_reported_and_its_late_answer_ignored():
     pair.run(lambda: pair.events[pair.server])
     assert pair.take(pair.server) == [Cancelled(stream)]
     pair.server.reply(stream, Message(MessageType.REPLY, b"late"))
-    pair.run(lambda: not pair.client._incoming)
+    pair.run(lambda: not pair.client.incoming)
     assert pair.take(pair.client) == []
     again = pair.request(MessageType.INFER, b"again")
     assert arrive(pair, pair.server)[0].stream == again
@@ -152,7 +152,7 @@ def test_an_answer_that_crosses_its_cancellation_is_ignored():
     arrive(pair, pair.server)
     pair.server.reply(stream, Message(MessageType.REPLY, b"on its way"))
     pair.client.cancel(stream)
-    pair.run(lambda: not pair.client._incoming)
+    pair.run(lambda: not pair.client.incoming)
     pair.run(lambda: pair.server.delivered)
     assert pair.take(pair.client) == []
     pair.client.cancel(stream)  # harmless
@@ -161,11 +161,11 @@ def test_an_answer_that_crosses_its_cancellation_is_ignored():
 def test_a_request_that_is_given_up_half_way_holds_no_memory():
     pair = connected()
     pair.client._quic.send_stream_data(0, b"\x04" + bytes(20_000), False)
-    pair.run(lambda: pair.server._incoming_bytes > 0)
+    pair.run(lambda: pair.server.incoming.held_bytes > 0)
     pair.client._quic.reset_stream(0, 1)
-    pair.run(lambda: not pair.server._incoming)
+    pair.run(lambda: not pair.server.incoming)
     assert pair.take(pair.server) == [Cancelled(0)]
-    assert pair.server._incoming_bytes == 0 and pair.server.unanswered == 0
+    assert pair.server.incoming.held_bytes == 0 and pair.server.unanswered == 0
 
 
 def test_the_client_may_change_its_address():

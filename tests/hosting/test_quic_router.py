@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 
 import pytest
 from hypothesis import given
@@ -13,13 +15,13 @@ from hosting.quic import Arrived, MessageConnection
 from hosting.quic_router import Router
 from hosting.quic_settings import client_configuration, server_configuration
 from hosting.udp import Received
-from tests.hosting.quic_support import SERVER_ADDRESS, certificate
+from tests.hosting.quic_support import RESET_KEY, SERVER_ADDRESS, certificate
 
 ADDRESS = ("127.0.0.1", 5001)
 
 
 def router(**options) -> Router:
-    return Router(server_configuration(certificate()), greeting_bytes=65536, **options)
+    return Router(server_configuration(certificate()), reset_key=RESET_KEY, greeting_bytes=65536, **options)
 
 
 def client() -> MessageConnection:
@@ -105,6 +107,86 @@ def test_small_initials_and_strangers_are_ignored():
     assert made.peers == [] and made.touched() == []
 
 
+def initial(*, first: int = 0xC0, destination: bytes = b"d" * 8, source: bytes = b"s" * 8, rest: bytes = b"\x00\x44\xb0") -> bytes:
+    header = bytes((first,)) + b"\0\0\0\1" + bytes((len(destination),)) + destination + bytes((len(source),)) + source
+    return header + rest + os.urandom(1300)
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        initial(first=0x80),  # the bit that is always set is not
+        initial(destination=b"d" * 60),
+        initial(source=b"s" * 60),
+        initial(destination=b""),
+        initial(rest=b"\x7f\xff"),  # a token longer than the datagram
+        initial(),  # cannot be decrypted
+    ],
+    ids=range(6),
+)
+def test_who_does_not_begin_a_connection_takes_nobodys_place(datagram):
+    made = router(max_ungreeted=1)
+    give(made, [datagram])
+    assert made.peers == [] and made.touched() == [] and made.next_timer_s() is None
+    talk(made, client(), 0.0)
+    assert len(made.peers) == 1
+
+
+def test_a_client_of_a_server_that_was_restarted_is_told():
+    end = client()
+    talk(router(), end, 0.0)
+    assert end.established
+    list(end.request(MessageType.INFER, [b"x"]))
+    datagrams = [datagram for datagram, _ in end.datagrams_to_send(1.0)]
+    (reset, *_) = give(router(), datagrams)
+    assert len(reset) < len(datagrams[0]) and reset[0] & 0xC0 == 0x40
+    end.receive(Received(reset, len(reset), SERVER_ADDRESS, 1.0), 1.0)
+    list(end.events())
+    assert end.ended is not None and "does not know it" in end.ended.text
+
+
+def test_a_client_of_another_server_is_not():
+    end = client()
+    talk(router(), end, 0.0)
+    list(end.request(MessageType.INFER, [b"x"]))
+    other = Router(server_configuration(certificate()), reset_key=b"another", greeting_bytes=65536)
+    for reset in give(other, [datagram for datagram, _ in end.datagrams_to_send(1.0)]):
+        end.receive(Received(reset, len(reset), SERVER_ADDRESS, 1.0), 1.0)
+    list(end.events())
+    assert end.ended is None
+
+
+def test_two_servers_that_know_nothing_of_each_other_soon_stop():
+    datagram, exchanged = b"\x40" + os.urandom(60), 0
+    ends = [router(), Router(server_configuration(certificate()), reset_key=b"another", greeting_bytes=65536)]
+    while answer := give(ends[exchanged % 2], [datagram]):
+        assert len(answer[0]) < len(datagram)
+        (datagram,) = answer
+        exchanged += 1
+    assert exchanged < 50
+
+
+def test_a_connection_that_has_gone_holds_no_memory_though_its_timers_are_far_away():
+    made = router(patience_s=10.0)
+    end = client()
+    talk(made, end, 0.0)
+    made.greet(made.peers[0])
+    gone = weakref.ref(made.peers[0])
+    end.close()
+    talk(made, end, 1.0)
+    now = 1.0
+    while made.peers or now < 10.0:
+        now += 1.0
+        made.handle_timers(now)
+        for peer in made.touched():
+            made.settle(peer, now)
+    del peer
+    gc.collect()
+    assert gone() is None
+    made.handle_timers(1000.0)
+    assert made.touched() == []
+
+
 @given(st.binary(max_size=1500))
 def test_garbage_is_dropped(data):
     made = ROUTER
@@ -172,7 +254,7 @@ def test_clients_that_are_not_greeted_are_bounded_in_number(caplog):
 
 @pytest.mark.parametrize("idle", [30.0])
 def test_an_idle_client_is_forgotten_without_a_trace(idle):
-    made = Router(server_configuration(certificate(), idle_timeout_s=idle), greeting_bytes=1000)
+    made = Router(server_configuration(certificate(), idle_timeout_s=idle), reset_key=RESET_KEY, greeting_bytes=1000)
     end = client()
     talk(made, end, 0.0)
     made.greet(made.peers[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -106,6 +108,25 @@ async def test_a_caller_that_gives_up_takes_its_call_out_of_the_queue(gate: Gate
     gate.released.set()
     await asyncio.gather(running, after)
     assert ran == ["after"]
+    worker.close()
+
+
+async def test_a_call_that_was_given_up_holds_no_memory_while_the_slot_is_busy(gate: Gate) -> None:
+    worker = SlotWorker("action")
+    running = await occupy(worker, gate)
+    observation = Gate()
+    held = weakref.ref(observation)
+    queued = asyncio.create_task(worker.run(observation))
+    await asyncio.sleep(0)
+    queued.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await queued
+    del observation, queued
+    await asyncio.sleep(0)  # the loop lets go of the task that has just ended
+    gc.collect()
+    assert held() is None
+    gate.released.set()
+    assert await running == "action-slot"
     worker.close()
 
 

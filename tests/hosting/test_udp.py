@@ -172,6 +172,25 @@ def test_a_network_that_is_gone_is_reported_and_what_was_sent_is_lost(udp):
     assert kernel.sent == [[b"b"]]
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_connected_socket_tells_when_the_way_takes_less_than_before(stays):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute:
+        mute.bind(("127.0.0.1", 0))
+        udp = UdpSocket.connect(socket.AF_INET, mute.getsockname())
+        real = udp._sock
+        udp._gso = False
+        # The error of a call may be a router's word on an earlier datagram: only that of a second call is this datagram's own.
+        udp._sock = kernel = Kernel(None, refused(errno.EMSGSIZE), refused(errno.EMSGSIZE) if stays else None)
+        udp.send([b"a" * 1400], mute.getsockname())
+        if stays:
+            with pytest.raises(OSError, match="too long"):
+                udp.send([b"b" * 1400], mute.getsockname())
+        else:
+            udp.send([b"b" * 1400], mute.getsockname())
+            assert kernel.sent == [[b"a" * 1400], [b"b" * 1400]]
+        real.close()
+
+
 @given(st.lists(st.integers(1, 9000), max_size=200))
 def test_runs_are_what_one_segmented_send_takes(sizes):
     datagrams = [bytes(size) for size in sizes]

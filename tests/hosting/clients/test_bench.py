@@ -59,10 +59,23 @@ def test_all_targets_are_asked_by_all_clients(service: RunningService, policy: P
 @pytest.mark.parametrize(
     ("address", "load", "problem"),
     [
-        ("unix:///nonexistent/x.sock", Load(1, 0.1), r"x\.sock.*; is the server running, and is this its address\?$"),
+        ("unix:///nonexistent/x.sock", Load(1, 0.1), r"x\.sock.*; is the server running\?$"),
         (None, Load(1, 0.1, prompt="refuse me"), r"^ws://.*: prompt: is refused$"),
+        (None, Load(2, 0.1, prompt="refuse me"), r"^ws://.*: prompt: is refused$"),
     ],
 )
-def test_a_target_that_cannot_be_measured_is_named(service: RunningService, address: str | None, load: Load, problem: str) -> None:
+def test_a_target_that_cannot_be_measured_is_named(
+    service: RunningService, address: str | None, load: Load, problem: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TestError, match=problem):
         bench([address or service.addresses["action"]], load, {})
+    assert capfd.readouterr().err == "", "clients end without a word of their own"
+
+
+def test_a_target_that_is_given_twice_would_share_its_row() -> None:
+    with pytest.raises(TestError, match=r"^ws://a: is given twice; each target has one row$"):
+        bench(["ws://a", "ws://b", "ws://a"], Load(1, 0.1), {})
+
+
+def test_a_pin_is_for_the_targets_that_have_a_certificate(service: RunningService) -> None:
+    assert bench([service.addresses["action"]], Load(1, 0.1), {"pin": "ab" * 32})

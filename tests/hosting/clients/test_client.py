@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
+import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +130,17 @@ class TestRequests:
         make(link)[0].infer({})
         assert link.timeouts_s == [None]
 
+    def test_time_limits_that_are_for_ever_or_over(self, make: Make) -> None:
+        link = StubLink()
+        client, _, _ = make(link)
+        client.infer({}, timeout_s=math.inf)
+        client.infer({}, timeout_s=1e12)
+        assert link.timeouts_s == [None, 1e12]
+        for late_s in (0.0, -1.0):
+            with pytest.raises(ReplyTimeoutError, match=r"^the time for this request was over before it could be sent$"):
+                client.infer({}, timeout_s=late_s)
+        assert len(link.asked) == 2
+
     def test_a_batch_is_the_only_key_and_its_rows_have_ids(self, make: Make) -> None:
         def answer(asked: Message) -> Message:
             rows = msgpack_numpy.unpack(asked.body)["batch"]
@@ -148,7 +162,7 @@ class TestRequests:
     def test_what_cannot_be_sent_is_not(self, make: Make) -> None:
         link = StubLink()
         client, _, _ = make(link)
-        with pytest.raises(ValueError, match="Unsupported dtype"):
+        with pytest.raises(ValueError, match=r"^state: Unsupported dtype"):
             client.infer({"state": np.array([1j])})
         assert not link.asked and client.infer({"n": 1})["n"] == 1
 
@@ -496,3 +510,37 @@ class TestARealService:
             with pytest.raises(InferenceError, match="mode: got 'wrong'"):
                 client.infer({"mode": "wrong"})
             client.reset()
+
+
+@pytest.mark.parametrize("scheme", ["ws", "quic", "unix", "auto"])
+def test_a_server_that_is_not_there_yet_is_waited_for_over_every_transport(scheme: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.socket(type=socket.SOCK_DGRAM) as free_udp:
+        free_udp.bind(("127.0.0.1", 0))
+        port, udp_port = free.getsockname()[1], free_udp.getsockname()[1]
+    host = "127.0.0.1"
+    url = {
+        "ws": f"ws://{host}:{port}",
+        "quic": f"quic://{host}:{udp_port}",
+        "unix": f"unix://{tmp_path}/x",
+        "auto": f"auto://{host}:{port}?quic={udp_port}",
+    }
+    time = Time()
+    with pytest.raises(ConnectError):
+        connect(url[scheme], wait_s=12.0, verify=False, reconnect=Reconnect(sleep=time.sleep, clock=time))
+    assert time.slept_s == [5.0, 5.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "problem"),
+    [
+        ("ws://robot", {"pin": "ab" * 32}, "pin: ws://robot brings no certificate to check; leave it out, or use wss:// or quic://"),
+        ("WS://robot", {"cafile": "x"}, "cafile: WS://robot brings no certificate to check; leave it out, or use wss:// or quic://"),
+        ("unix:///x", {"pin": "ab" * 32}, "pin: unix:///x brings no certificate to check; leave it out, or use wss:// or quic://"),
+        ("quic://robot", {"pin": "ab" * 32, "cafile": "x"}, "pin and cafile: give one of them; a pinned certificate needs no authority"),
+        ("wss://robot", {"pin": "ab"}, "pin: 'ab' is no SHA-256 fingerprint; expected 64 hexadecimal digits, as the server's log shows them"),
+        ("ws://robot", {"connect_timeout_s": math.inf}, "connect_timeout_s: got inf, expected a number of seconds above 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_before_anything_is_sent(url: str, options: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+        connect(url, **options)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hosting.clients.conversation import Conversation, Request
-from hosting.clients.errors import ConnectError, InferenceError
+from hosting.clients.errors import ConnectError, ConnectionLostError, InferenceError
 from hosting.protocol.messages import Message, MessageType
 from tests.hosting.clients.scripted import OURS, StubLink, reply
 
@@ -47,3 +47,11 @@ def test_a_body_may_be_any_buffer() -> None:
     for body in (packed, bytearray(packed), memoryview(packed)):
         conversation = Conversation("ws://robot", StubLink(Message(MessageType.REPLY, body), metadata={}))
         assert conversation.exchange(Request(MessageType.INFER, [b""]), None)["actions"].shape == (2, 3)
+
+
+def test_a_server_that_is_leaving_is_a_lost_connection() -> None:
+    """As on the transports where it closes instead of answering: nothing was computed, and the next server will."""
+    link = StubLink(reply({"type": "error", "code": "draining", "message": "the server is shutting down"}, MessageType.FAILURE))
+    with pytest.raises(ConnectionLostError, match=r"^ws://robot: the server is shutting down$"):
+        Conversation("ws://robot", link).exchange(Request(MessageType.INFER, [b""]), None)
+    assert link.closed

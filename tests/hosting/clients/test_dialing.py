@@ -136,8 +136,9 @@ class TestAuto:
 
     def test_everything_fails(self, opened: Opened) -> None:
         opened.failing = {"quic": ConnectError("no UDP"), "wss": ConnectError("no TLS"), "ws": ConnectError("no TCP")}
-        with pytest.raises(ConnectError, match=r"^cannot connect to auto://robot: no UDP; no TLS; no TCP$"):
+        with pytest.raises(ConnectError, match=r"^cannot connect to auto://robot: no UDP; no TLS; no TCP$") as error:
             dial("auto://robot", options(), 10.0, None, remembered={})
+        assert error.value.__cause__ is opened.failing["ws"], "who waits for a server looks for a refused connection there"
 
     def test_the_choice_is_remembered_until_it_fails(self, opened: Opened) -> None:
         remembered: dict[str, str] = {}
@@ -186,3 +187,7 @@ class TestAuto:
             dial("auto://robot:9000", options(), 10.0, None, remembered={})
         assert dial("auto://robot:9000?quic=9001", options(), 10.0, None, remembered={})[0] == "quic://robot:9001"
         assert opened.calls[0][1] == ("robot", 9001)
+
+
+def test_the_key_is_in_no_repr() -> None:
+    assert "sesame" not in repr(options(api_key="sesame"))

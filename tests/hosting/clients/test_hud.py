@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hosting.clients.errors import ConnectError, InferenceError
+from hosting.clients.errors import ConnectError, ConnectionLostError, InferenceError
 from hosting.clients.hud import PooledModel
 from hosting.protocol import msgpack_numpy
 from hosting.protocol.messages import Message
@@ -195,3 +195,12 @@ def test_a_failure_gives_its_place_in_the_pool_back(monkeypatch: pytest.MonkeyPa
 def test_nothing_to_infer() -> None:
     with pytest.raises(ValueError, match=r"^size: got 0, expected at least 1$"):
         PooledModel(size=0)
+
+
+async def test_a_closed_model_makes_no_new_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hosting.clients.client.dial", lambda url, *_: (url, StubLink()))
+    model = PooledModel("ws://robot")
+    model.close()
+    for asking in (asyncio.to_thread(model.infer, {"prompt": "x"}), model.ainfer({"prompt": "x"})):
+        with pytest.raises(ConnectionLostError, match=r"^this model has been closed; make a new one$"):
+            await asking

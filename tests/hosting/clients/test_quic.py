@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from hosting import quic_settings
 from hosting.certificates import local_certificate
 from hosting.clients.errors import AuthenticationError, ConnectError, ConnectionLostError, InferenceError, ReplyTimeoutError
 from hosting.clients.quic import QuicLink
@@ -161,6 +163,18 @@ def test_nothing_listens():
         port = taken.getsockname()[1]
     with pytest.raises(ConnectError, match=rf"^127.0.0.1:{port}: nothing listens there for UDP"):
         QuicLink("127.0.0.1", port, verify=False)
+
+
+def test_the_connection_that_failed_is_spoken_of_not_one_that_was_still_waiting(monkeypatch):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        mute.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", 0))
+        ports = [mute.getsockname(), taken.getsockname()]
+        taken.close()
+        connect = UdpSocket.connect
+        monkeypatch.setattr(UdpSocket, "connect", lambda family, address: connect(family, ports.pop(0)))
+        with pytest.raises(ConnectError, match="nothing listens there for UDP"):
+            QuicLink("127.0.0.1", 1, verify=False, connections=2)
 
 
 def test_nothing_answers():
@@ -455,6 +469,104 @@ def test_a_connection_that_breaks_after_the_request_was_sent():
         assert link.closed
 
 
+def test_a_server_that_was_restarted_says_that_it_does_not_know_the_connection(server, relay, monkeypatch):
+    monkeypatch.setattr("hosting.clients.quic_channel.LOST_AFTER_S", 1e9)
+    with serving() as first:
+        relay.target = (first.host, first.port)
+        link = QuicLink("127.0.0.1", relay.port, pin=certificate().sha256)
+        assert ask(link) == digest(b"x")
+        relay.target = (server.host, server.port)
+        with pytest.raises(ConnectionLostError, match="does not know it"):
+            ask(link)
+    assert link.closed
+
+
+class Way:
+    """The way to a server that is not on this machine: datagrams above ``mtu`` bytes are lost, or refused where the first link is that narrow."""
+
+    def __init__(self, monkeypatch, mtu: int) -> None:
+        self.mtu, self.first_link_is_narrow = mtu, False
+        self.lost = 0
+        configuration = quic_settings.client_configuration
+        monkeypatch.setattr(
+            "hosting.clients.quic.client_configuration", lambda *name, **options: configuration(*name, **{**options, "loopback": False})
+        )
+        send, path = UdpSocket._send_run, self
+
+        def carry(udp, run, *where):
+            if max(map(len, run)) <= path.mtu:
+                send(udp, run, *where)
+            elif len(run) > 1 or path.first_link_is_narrow:
+                raise OSError(errno.EMSGSIZE, "Message too long")
+            else:
+                path.lost += 1
+
+        monkeypatch.setattr(UdpSocket, "_send_run", carry)
+
+
+def test_a_path_that_carries_no_more_than_every_path_must(server, monkeypatch):
+    path = Way(monkeypatch, 1200)
+    link = link_to(server)
+    for _ in range(3):
+        body = os.urandom(200_000)
+        assert ask(link, body) == digest(body)
+    assert path.lost, "larger datagrams were tried"
+    link.close()
+
+
+@pytest.mark.parametrize("timeout_s", [TIMEOUT_S, 0.2])
+def test_a_path_that_has_become_narrower(server, monkeypatch, timeout_s):
+    """As when a VPN comes up: small datagrams get through, so that the server is heard, and large ones never again."""
+    path = Way(monkeypatch, 1500)
+    monkeypatch.setattr("hosting.clients.quic_channel.STUCK_AFTER_S", 0.6)
+    monkeypatch.setattr("hosting.clients.quic_channel.PING_AFTER_S", 0.2)
+    link = link_to(server)
+    for _ in range(5):
+        ask(link, os.urandom(200_000))
+    path.mtu = 1300
+
+    def ask_again_and_again() -> None:
+        while True:
+            try:
+                ask(link, os.urandom(20_000), timeout_s)
+            except ReplyTimeoutError:
+                assert timeout_s < TIMEOUT_S
+
+    with pytest.raises(ConnectionLostError, match="the server is there, but no request has got through"):
+        ask_again_and_again()
+    assert path.lost
+
+
+def test_a_first_link_that_has_become_narrower_is_noticed_at_once(server, monkeypatch):
+    path = Way(monkeypatch, 1500)
+    link = link_to(server)
+    for _ in range(5):
+        ask(link, os.urandom(200_000))
+    path.mtu, path.first_link_is_narrow = 1300, True
+    with pytest.raises(ConnectionLostError, match="the network takes only smaller datagrams than before"):
+        ask(link, os.urandom(20_000))
+    link = link_to(server)
+    assert ask(link, bytes(200_000)) == digest(bytes(200_000))
+    link.close()
+
+
+def test_what_a_router_says_of_a_probe_does_not_move_the_link(server, monkeypatch):
+    link = link_to(server)
+    (channel,) = link._channels
+    udp, said = channel._udp, []
+
+    def receive(limit=64):
+        if not said:
+            said.append(True)
+            raise OSError(errno.EMSGSIZE, "Message too long")
+        return UdpSocket.receive(udp, limit)
+
+    monkeypatch.setattr(udp, "receive", receive)
+    assert ask(link) == digest(b"x")
+    assert said and channel._udp is udp
+    link.close()
+
+
 def test_a_server_that_falls_silent_is_given_up(server, relay, monkeypatch):
     monkeypatch.setattr("hosting.clients.quic_channel.LOST_AFTER_S", 0.3)
     monkeypatch.setattr("hosting.clients.quic_channel.PING_AFTER_S", 0.1)
@@ -467,6 +579,7 @@ def test_a_server_that_falls_silent_is_given_up(server, relay, monkeypatch):
 
 def test_a_server_that_thinks_for_long_is_asked_for_signs_of_life(server, monkeypatch):
     monkeypatch.setattr("hosting.clients.quic_channel.LOST_AFTER_S", 0.3)
+    monkeypatch.setattr("hosting.clients.quic_channel.STUCK_AFTER_S", 0.3)
     monkeypatch.setattr("hosting.clients.quic_channel.PING_AFTER_S", 0.05)
     with serving() as thinking:
         link = link_to(thinking)

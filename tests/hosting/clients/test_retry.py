@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -29,6 +30,7 @@ def test_what_is_left_of_a_deadline() -> None:
 def test_no_deadline() -> None:
     deadline = Deadline(None, Clock())
     assert deadline.left_s() is None and deadline.within(None) is None and deadline.within(3.0) == 3.0 and deadline.allows(1e9)
+    assert Deadline(math.inf, Clock()).left_s() is None and deadline.within(math.inf) is None
 
 
 class Longest(random.Random):

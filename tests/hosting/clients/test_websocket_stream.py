@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -90,7 +91,7 @@ def test_the_server_hangs_up_without_a_word() -> None:
         with pytest.raises(StreamClosedError, match=r"^the server hung up$"):
             stream.receive(within())
         with pytest.raises(StreamClosedError, match=r"^the server hung up$"):
-            stream.send(b"x", within())
+            stream.send([b"x"], within())
         stream.abort()
 
 
@@ -132,6 +133,31 @@ def test_many_messages_at_once_are_kept_in_order() -> None:
         stream = stream_to(url)
         assert [stream.receive(within()) for _ in range(100)] == [str(n).encode() for n in range(100)]
         stream.abort()
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 450_000, 6_000_000])
+def test_a_message_in_parts_arrives_whole(size: int) -> None:
+    def echo(connection: ServerConnection) -> None:
+        for message in connection:
+            connection.send(message)
+
+    with server(echo) as url:
+        stream = stream_to(url)
+        body = os.urandom(size)
+        for parts in ([body], [body[: size // 3], body[size // 3 : size // 2], body[size // 2 :]]):
+            stream.send(parts, within())
+            assert stream.receive(within()) == body
+        stream.close(2.0)
+
+
+def test_a_large_message_that_the_server_does_not_read_is_given_up() -> None:
+    done = threading.Event()
+    with raw(lambda connection: done.wait(30) and None) as url:
+        stream = stream_to(url)
+        with pytest.raises(TimeoutError):
+            stream.send([bytes(64 << 20)], within(0.05))
+        stream.abort()
+        done.set()
 
 
 def test_a_host_with_several_addresses_is_tried_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hosting.protocol.msgpack_numpy import Dialect, pack, unpack, unpack_with_dialect
+from hosting.protocol.msgpack_numpy import Dialect, pack, pack_parts, unpack, unpack_with_dialect
 from pi0.errors import MessageError
 from tests.golden_data import GOLDEN
 from tests.hosting.protocol.fuzz import mutations
@@ -29,6 +29,40 @@ def test_golden_bytes(entry):
     value, packed = build(entry["object"]), (WIRE / entry["file"]).read_bytes()
     assert pack(value) == packed
     assert same(value, unpack(packed))
+
+
+@pytest.mark.parametrize("entry", INDEX["objects"], ids=lambda entry: entry["name"])
+def test_golden_bytes_in_parts(entry):
+    assert b"".join(pack_parts(build(entry["object"]))) == (WIRE / entry["file"]).read_bytes()
+
+
+SHAPES = st.sampled_from([(4095,), (4096,), (16384,), (65535,), (65536,), (256, 300), (0, 9)])
+LEAVES = hnp.arrays(st.sampled_from(["u1", "<f4", ">i2", "<U3"]), SHAPES) | st.binary(max_size=40) | st.text(max_size=5)
+
+
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner)))
+@settings(max_examples=60, deadline=None)
+def test_the_parts_are_the_whole(value):
+    assert b"".join(pack_parts(value)) == pack(value)
+
+
+def test_large_arrays_are_not_copied():
+    image = np.zeros((224, 224, 3), np.uint8)
+    head, data, tail = pack_parts({"image": image, "state": np.zeros(14)})
+    assert np.shares_memory(np.frombuffer(data, np.uint8), image)
+    assert len(head) + len(tail) < 300
+    turned = image.transpose(2, 0, 1)
+    assert b"".join(pack_parts({"image": turned})) == pack({"image": turned})
+
+
+@pytest.mark.parametrize("value", [REFUSED["object"], 2**65, {1}])
+def test_in_parts_the_same_is_refused_in_the_same_words(value):
+    obs = {"images": {"base": np.zeros(9000, np.uint8)}, "extra": [0, value]}
+    with pytest.raises((ValueError, TypeError, OverflowError)) as whole:
+        pack(obs)
+    with pytest.raises(whole.type) as parts:
+        pack_parts(obs)
+    assert str(parts.value) == str(whole.value)
 
 
 @pytest.mark.parametrize("case", INDEX["must_raise"], ids=lambda case: case["name"])
@@ -245,6 +279,13 @@ def test_damaged_frames_give_a_value_or_a_message_error():
     assert readable > 2000 and refused > 2000
 
 
+def test_an_array_where_the_kind_should_be_is_no_more_than_another_kind():
+    message = pack({"nd": True, "kind": np.zeros(3), "type": "<f8", "shape": [3], "data": bytes(24)})
+    for key in (b"nd", b"kind", b"type", b"shape", b"data"):
+        message = message.replace(b"%c%b" % (0xA0 + len(key), key), b"\xc4%c%b" % (len(key), key), 1)
+    assert same(unpack(message), np.zeros(3))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=12), st.integers(0, 64), st.sampled_from([b"__ndarray__", b"__npgeneric__", b"nd"]), st.text(max_size=8), st.data())
 def test_any_dtype_gives_a_value_or_a_message_error(data, length, marker, name, more):
@@ -255,3 +296,20 @@ def test_any_dtype_gives_a_value_or_a_message_error(data, length, marker, name, 
         unpack(msgpack.packb({marker: more.draw(st.booleans()), **keys}))
     except MessageError as error:
         assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        ({"images": {"front": 1, "wrist": np.array([1j])}}, ValueError, "images.wrist: Unsupported dtype: complex128; "),
+        ({"batch": [{"n": 1}, {"state": {1}}]}, TypeError, "batch.1.state: cannot send a set; "),
+        ({"n": 1 << 70}, OverflowError, "n: an integer of more than 64 bits; send it as text"),
+        ({"prompt": "\ud800"}, ValueError, "prompt: 'utf-8' codec can't encode "),
+        (np.array([1j]), ValueError, "Unsupported dtype: complex128; "),
+    ],
+)
+def test_what_cannot_be_packed_is_named(value, kind, text, dialect):
+    with pytest.raises(kind) as error:
+        pack(value, dialect)
+    assert str(error.value).startswith(text) and type(error.value) is kind

@@ -96,3 +96,7 @@ def test_the_configured_reply_shape_is_for_addresses_that_do_not_choose() -> Non
     assert choose_profile("/", "", default="roboarena", reply="array") == Profile("roboarena", reply="array")
     assert choose_profile("/", "reply=map", reply="array") == OPENPI
     assert choose_profile("/openpi/policy", "", reply="map") == VLLM
+
+
+def test_others_parameters_mean_nothing_however_often_they_come() -> None:
+    assert choose_profile("/", "token=a&token=b&profile=empty").name == "empty"

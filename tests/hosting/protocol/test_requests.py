@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from hosting.policy import MessageError
 from hosting.protocol.requests import MAX_BATCH, InferRequest, ResetRequest, Row, parse_request
@@ -75,6 +76,10 @@ def test_resets(value: dict[str, Any], sessions: tuple[str, ...] | None) -> None
         ([1], "the request is a list, expected a map of observation keys to values"),
         ({"endpoint": "metadata"}, "endpoint: got 'metadata', expected infer or reset"),
         ({"endpoint": None}, "endpoint: got NoneType, expected infer or reset"),
+        ({"endpoint": np.array(["infer", "infer"])}, "endpoint: got ndarray, expected infer or reset"),
+        ({"batch": [{"endpoint": np.arange(2)}]}, "batch[0].endpoint: got ndarray, expected infer; send a reset by itself"),
+        ({"session_id": np.arange(3)}, "session_id: got ndarray, expected text or a whole number"),
+        ({"reset": np.array([True, False])}, "reset: got ndarray, expected true or false"),
         ({"session_id": ""}, "session_id: has 0 characters, expected 1 to 256"),
         ({"session_id": "x" * 257}, "session_id: has 257 characters, expected 1 to 256"),
         ({"session_id": 1.5}, "session_id: got 1.5, expected text or a whole number"),
@@ -97,7 +102,7 @@ def test_resets(value: dict[str, Any], sessions: tuple[str, ...] | None) -> None
         ({"deadline_ms": "5"}, "deadline_ms: got '5', expected a number of milliseconds above 0"),
         ({"deadline_ms": [1]}, "deadline_ms: got list, expected a number of milliseconds above 0"),
         ({"request_id": [1]}, "request_id: got list, expected a number or a text of at most 256 characters"),
-        ({"batch": []}, f"batch: has 0 observations, expected 1 to {MAX_BATCH}; split it into several requests"),
+        ({"batch": []}, f"batch: has 0 observations, expected 1 to {MAX_BATCH}"),
         ({"batch": [{}] * 300}, f"batch: has 300 observations, expected 1 to {MAX_BATCH}; split it into several requests"),
         ({"batch": [{}, 3]}, "batch[1]: is a int, expected a map of observation keys to values"),
         ({"batch": [{"endpoint": "reset"}]}, "batch[0].endpoint: got 'reset', expected infer; send a reset by itself"),
@@ -110,6 +115,16 @@ def test_what_is_wrong_names_the_key(value: Any, problem: str) -> None:
     assert str(error.value) == problem
 
 
+@pytest.mark.parametrize("came", [7, "7", np.int32(7), np.array([7], np.int32), np.array(7), np.array(["7"])])
+def test_session_ids_in_every_form_that_clients_send(came: Any) -> None:
+    assert row({"session_id": came}).session_id == "7"
+
+
+@pytest.mark.parametrize(("came", "plain"), [(np.int64(3), 3), (np.float32(0.5), 0.5), (np.str_("x"), "x")])
+def test_numpys_scalars_come_back_plain(came: Any, plain: Any) -> None:
+    assert row({"obs_index": came}).echo == {"obs_index": plain}
+
+
 @pytest.mark.parametrize(
     ("came", "known"),
     [
@@ -118,6 +133,7 @@ def test_what_is_wrong_names_the_key(value: Any, problem: str) -> None:
             {"observation/exterior_image_0_left": 0, "observation/exterior_image_0_right": 1, "observation/exterior_image_1_left": 2},
             {"observation/exterior_image_1_left": 0, "observation/exterior_image_1_right": 1, "observation/exterior_image_2_left": 2},
         ),
+        ({"observation/exterior_image_0_left": 0, b"key": 1}, {"observation/exterior_image_1_left": 0, b"key": 1}),
         ({"task": "x", "state": 1}, {"prompt": "x", "state": 1}),
     ],
 )
@@ -132,14 +148,14 @@ def test_openpis_own_keys_are_left_alone(obs: dict[str, Any]) -> None:
     assert row(obs).observation is obs
 
 
+_arrays = hnp.arrays(st.sampled_from(["?", "<i8", "<f4", "<U3", "S2", "<M8[s]"]), hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3))
 _anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5) | _arrays,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-_own = st.sampled_from(
-    ["endpoint", "session_id", "session_ids", "reset", "seed", "sampling_params", "deadline_ms", "request_id", "obs_index", "batch", "x"]
-)
+_keys: list[str | bytes] = ["endpoint", "session_id", "session_ids", "reset", "seed", "sampling_params", "deadline_ms", "request_id", "obs_index"]
+_own = st.sampled_from([*_keys, "batch", "x", b"x", "task", "observation/exterior_image_0_left"])
 
 
 @given(st.dictionaries(_own, _anything | st.sampled_from(["infer", "reset"]), max_size=6) | _anything)

@@ -127,6 +127,8 @@ def test_empty_parts_are_bounded_in_number():
         made.add(header(0, 2, 10, transfer_id=number.to_bytes(16, "big")), "stream", now=0.0)
     with pytest.raises(MessageError, match="too many unfinished"):
         made.add(header(0, 2, 10), "stream", now=0.0)
+    last = made.add(header(1, 2, 10, transfer_id=bytes(16)) + b"0123456789", "other stream", now=0.0)
+    assert last.whole == ("stream", Message(MessageType.INFER, b"0123456789")), "what is begun can be finished"
 
 
 def test_a_transfer_whose_parts_stop_coming_is_given_up():

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosedError
@@ -47,14 +48,20 @@ class MemoryTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.sent = b""
-        self.closing = self.paused = False
-        self.pauses = 0
+        self.closing = self.paused = self.aborted = False
+        self.pauses = self.unsent = 0
 
     def write(self, data) -> None:
         self.sent += bytes(data)
 
     def close(self) -> None:
         self.closing = True
+
+    def abort(self) -> None:
+        self.closing = self.aborted = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
     def is_closing(self) -> bool:
         return self.closing
@@ -136,7 +143,7 @@ async def conversation(kind, pieces: list[bytes]) -> tuple[list[dict], bytes]:
     return connection.events, connection.transport.sent
 
 
-SIZES = st.sampled_from([0, 1, 7, 125, 126, 1000, 65535, 65536, 65537, 65543, 200_003, MAX_SIZE])
+SIZES = st.sampled_from([0, 1, 7, 125, 126, 1000, 4095, 4096, 40_003, 65535, 65536, 65537, 65543, 200_003, MAX_SIZE])
 PAYLOADS = SIZES.map(lambda size: NOISE[:size])
 CONTROL = st.sampled_from([frame(Opcode.PING, b"are you there"), frame(Opcode.PONG, b"unasked"), frame(Opcode.PING)])
 
@@ -171,6 +178,8 @@ ENDINGS = {
     "fragments too big": [frame(Opcode.BINARY, NOISE[:MAX_SIZE], fin=False), frame(Opcode.CONT, b"x")],
     "fragmented ping": [long_form(b"", first=0x09)],
     "long ping": [long_form(NOISE[:126], first=0x89)],
+    "text that is none": [frame(Opcode.TEXT, b"ab\xff"), frame(Opcode.TEXT, b"x")],
+    "text whose end is missing": [frame(Opcode.TEXT, b"\xc3", fin=False), frame(Opcode.CONT)],
     "half a header": [frame(Opcode.BINARY, NOISE[:70_000])[:9]],
     "half a frame": [frame(Opcode.BINARY, NOISE[:70_000])[:-1]],
 }
@@ -221,6 +230,12 @@ def test_violations_close_the_connection(ending, code):
     assert sent[0] == 0x88 and struct.unpack("!H", sent[2:4]) == (code,)
 
 
+@pytest.mark.parametrize("ending", ["text that is none", "text whose end is missing"])
+def test_text_that_is_none_leaves_no_traceback_in_the_log(caplog, ending):
+    events, _ = asyncio.run(conversation(BulkWebSocketProtocol, ENDINGS[ending]))
+    assert events[-1]["code"] == 1007 and not caplog.records
+
+
 async def test_all_data_may_also_come_through_data_received():
     connection = InMemory(BulkWebSocketProtocol)
     await connection.ready()
@@ -269,6 +284,98 @@ async def test_a_client_whose_pong_is_not_read_is_not_dropped_for_it():
     connection.protocol.send_keepalive_ping()
     connection.protocol.pong_timer._run()
     assert connection.transport.closing, "now it could have been read"
+    await connection.end()
+
+
+def ping_unanswered(connection: InMemory) -> bool:
+    """A ping goes out, and its time passes; whether the client keeps its connection."""
+    connection.protocol.send_keepalive_ping()
+    connection.protocol.pong_timer._run()
+    return not connection.transport.closing
+
+
+@pytest.mark.parametrize("size", [70_000, 300_000])
+@pytest.mark.parametrize("fragmented", [False, True])
+async def test_a_client_in_the_middle_of_a_long_message_keeps_its_connection_while_it_goes_on(size, fragmented):
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    message = frame(Opcode.BINARY, NOISE[:size], fin=not fragmented)
+    connection.protocol.send_keepalive_ping()
+    while len(message) > 20_000:
+        await connection.feed(message[:20_000])
+        message = message[20_000:]
+        connection.protocol.pong_timer._run()
+        assert not connection.transport.closing
+        connection.protocol.send_keepalive_ping()
+    await connection.feed(message)
+    if fragmented:
+        await connection.feed(frame(Opcode.CONT))
+    await connection.settle()
+    assert [event["bytes"] for event in connection.events] == [NOISE[:size]]
+    await connection.end()
+
+
+@pytest.mark.parametrize("dribble", [0, 1, 16_000])
+async def test_a_client_that_stalls_or_dribbles_in_the_middle_of_a_message_is_dropped(dribble):
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    await connection.feed(frame(Opcode.BINARY, NOISE[:300_000])[:100_000])
+    connection.protocol.send_keepalive_ping()
+    await connection.feed(NOISE[:dribble])
+    connection.protocol.pong_timer._run()
+    assert connection.transport.closing
+    assert connection.transport.sent.endswith(frame(Opcode.CLOSE, struct.pack("!H", 1011) + b"keepalive ping timeout", mask=False))
+    await connection.end()
+
+
+async def test_a_client_that_takes_a_long_reply_slowly_keeps_its_connection_while_it_goes_on():
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    for unsent in (500_000, 300_000, 1):
+        connection.transport.unsent = unsent + 1
+        connection.protocol.send_keepalive_ping()
+        connection.transport.unsent = unsent
+        connection.protocol.pong_timer._run()
+        assert not connection.transport.closing
+    connection.transport.unsent = 0
+    assert not ping_unanswered(connection)
+    await connection.end()
+
+
+async def test_a_client_that_reads_nothing_is_dropped_though_its_messages_wait_and_at_last_without_a_farewell():
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    connection.go.clear()
+    for _ in range(3):
+        await connection.feed(frame(Opcode.BINARY, NOISE[:100]))
+        await connection.settle()
+    connection.transport.unsent = 200_000
+    assert connection.transport.paused and not ping_unanswered(connection)
+    assert not connection.transport.aborted, "what was sent before may still reach it"
+    connection.transport.unsent = 100_000
+    connection.protocol.ping_timer._run()
+    assert not connection.transport.aborted, "it does"
+    connection.protocol.ping_timer._run()
+    assert connection.transport.aborted
+    await connection.end()
+    assert connection.protocol.ping_timer is None
+
+
+@pytest.mark.parametrize("how", ["client", "server"])
+async def test_a_connection_that_is_closed_but_never_emptied_is_dropped(how):
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    connection.protocol.start_keepalive()
+    connection.transport.unsent = 200_000
+    if how == "client":
+        await connection.feed(frame(Opcode.CLOSE, struct.pack("!H", 1000)))
+    else:
+        await connection.protocol.send({"type": "websocket.close", "code": 1001})
+        connection.protocol.close_timer._run()
+    assert connection.transport.closing and not connection.transport.aborted
+    connection.protocol.ping_timer._run()
+    connection.protocol.ping_timer._run()
+    assert connection.transport.aborted
     await connection.end()
 
 
@@ -377,7 +484,7 @@ def client(address):
 
 def test_sizes_around_every_header_boundary(echoing):
     with client(echoing) as websocket:
-        for size in [0, 1, 125, 126, 65535, 65536, 65537, 1024 * 1024, 5 * 1024 * 1024 + 3, 65536, 2, 70_001]:
+        for size in [0, 1, 125, 126, 4095, 4096, 45_001, 45_001, 65535, 65536, 65537, 1024 * 1024, 5 * 1024 * 1024 + 3, 65536, 2, 70_001]:
             websocket.send(NOISE[:size])
             assert websocket.recv() == NOISE[:size]
             websocket.send("text " + "x" * min(size, 100_000))
@@ -388,7 +495,7 @@ def test_sizes_around_every_header_boundary(echoing):
 def test_a_large_message_takes_the_short_way(echoing):
     """Notices when uvicorn no longer drives the protocol as this one expects."""
     with client(echoing) as websocket:
-        for size, kind in [(65535, "bytes"), (65536, "memoryview"), (500_000, "memoryview")]:
+        for size, kind in [(4095, "bytes"), (4096, "memoryview"), (65535, "memoryview"), (65536, "memoryview"), (500_000, "memoryview")]:
             websocket.send(NOISE[:size])
             websocket.recv()
             websocket.send(b"type")
@@ -423,6 +530,40 @@ def raw(address) -> socket.socket:
         answer += connection.recv(1)
     assert answer.startswith(b"HTTP/1.1 101 ")
     return connection
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (b"".join(b"X-%d: y\r\n" % number for number in range(200)), "128 headers"),
+        (b"X: " + b"y" * 9000 + b"\r\n", "8192 bytes"),
+        (b"Content-Length: 5\r\n", "unsupported request body"),
+        (b"Transfer-Encoding: chunked\r\n", "transfer codings aren't supported"),
+    ],
+)
+def test_an_upgrade_that_the_parser_refuses_is_answered_and_closed(echoing, caplog, more, reason):
+    with socket.create_connection(echoing, timeout=10) as connection:
+        connection.sendall(UPGRADE.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n"))
+        received = b""
+        while piece := connection.recv(1 << 16):
+            received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 ")) and b"Content-Length: %d" % len(body) in head
+    assert reason in body.decode().lower()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_an_app_that_answers_a_client_which_broke_the_rules_hears_that_it_has_gone():
+    connection = InMemory(BulkWebSocketProtocol)
+    await connection.ready()
+    connection.go.clear()
+    await connection.feed(frame(Opcode.BINARY, NOISE[:100]) + frame(Opcode.BINARY, b"x", mask=False))
+    with pytest.raises(ClientDisconnected):
+        await connection.protocol.send({"type": "websocket.send", "bytes": b"an answer"})
+    connection.go.set()
+    await connection.settle()
+    assert [event["type"] for event in connection.events] == ["websocket.receive", "websocket.disconnect"]
+    await connection.end()
 
 
 def receive_exactly(connection: socket.socket, count: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -24,10 +25,13 @@ class Conversation:
         self.received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.received.put_nowait({"type": "websocket.connect"})
         self.sent: list[dict[str, Any]] = []
+        self.full = False
         scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "subprotocols": [], "root_path": ""}
         self.task = asyncio.ensure_future(transport.app(scope, self.received.get, self._send))
 
     async def _send(self, message: Any) -> None:
+        if self.full:
+            await asyncio.Event().wait()
         self.sent.append(message)
         if message["type"] == "websocket.close":
             self.received.put_nowait({"type": "websocket.disconnect", "code": message["code"]})
@@ -90,3 +94,23 @@ async def test_a_request_that_comes_as_its_idle_connection_is_closed_breaks_noth
     await transport.close_idle()
     await asyncio.wait_for(conversation.task, 30)
     assert types(conversation) == ["accept", *["send"] * (1 + earlier), "close"]
+
+
+async def test_a_client_that_does_not_read_holds_up_nobody(endpoint, monkeypatch, caplog):
+    """Its close frame cannot be sent, as its connection takes nothing more."""
+    monkeypatch.setattr("hosting.transports.websocket._CLOSE_TIMEOUT_S", 0.05)
+    caplog.set_level(logging.INFO)
+    open_(endpoint)
+    transport = WebSocketTransport(endpoint)
+    stuck, other = Conversation(transport), Conversation(transport)
+    await stuck.until(2)
+    await other.until(2)
+    stuck.full = True
+    await endpoint.drain()
+    closing = asyncio.create_task(transport.close_idle())
+    await asyncio.wait_for(other.task, 30)
+    await asyncio.wait_for(closing, 30)
+    assert types(other) == ["accept", "send", "close"] and types(stuck) == ["accept", "send"]
+    assert "a client does not read what it was sent; its connection ends without a close frame" in caplog.messages
+    stuck.received.put_nowait({"type": "websocket.disconnect", "code": 1006})
+    await asyncio.wait_for(stuck.task, 30)
