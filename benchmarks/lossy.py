@@ -302,8 +302,8 @@ FULL = (
     Plan(60, 2, bulk_s=100, paused_s={ROBOT: 60}),
 )
 QUICK = (
-    Plan(60, 0, bulk=(STOCK, QUIC), bulk_s=1, turn=(10, 10), paused=(STOCK, QUIC), paused_s={ROBOT: 5}),
-    Plan(20, 0.5, bulk_s=5, turn=(1, 5), paused=(STOCK, QUIC), paused_s={ROBOT: 5}),
+    Plan(60, 0, bulk=(STOCK, QUIC), bulk_s=1, turn=(10, 10), paused=(STOCK, QUIC), paused_s={ROBOT: 6}),
+    Plan(20, 0.5, bulk_s=5, turn=(1, 5)),
     Plan(60, 2, bulk=(STOCK, QUIC_JPEG), bulk_s=1, turn=(1, 3)),
 )
 

@@ -10,15 +10,16 @@ import hmac
 import os
 
 from qh3.quic.configuration import QuicConfiguration
-from qh3.quic.connection import QuicConnection
 from qh3.quic.tls_bridge import QuicTlsBridge
 from qh3.tls import ExtensionType
+
+from hosting.quic_core import QuietConnection
 
 _TOKEN_BYTES = 16
 _MIN_BYTES, _MAX_BYTES = 21, 42
 
 
-class ResettableConnection(QuicConnection):  # type: ignore[misc]  # mypy sees no types in qh3
+class ResettableConnection(QuietConnection):
     """A server's connection that the server after it can reset.
 
     Args:

@@ -23,6 +23,10 @@ _SOCKET_BUFFER_BYTES = 4 << 20
 """Asked for in both directions: an observation then goes over in one system call."""
 
 _BACKLOG = 1024
+"""How many clients may wait to be accepted."""
+
+_ACCEPTED_AT_ONCE = 16
+"""asyncio takes its backlog for this, too: when the process has no file left, it would log as many failures at once."""
 
 _JOIN_BYTES = 64 * 1024
 """Up to here a body is copied behind its header: cheaper than a second system call, and than waking the client for a header alone."""
@@ -81,7 +85,8 @@ class UnixSocketTransport:
     async def start(self) -> None:
         """Begin to serve; :meth:`bind` first."""
         assert self._file is not None
-        self._server = await asyncio.get_running_loop().create_unix_server(self._connected, sock=self._file.socket, backlog=_BACKLOG)
+        self._server = await asyncio.get_running_loop().create_unix_server(self._connected, sock=self._file.socket, backlog=_ACCEPTED_AT_ONCE)
+        self._file.socket.listen(_BACKLOG)  # asyncio has set it to what it was told
 
     async def close_idle(self) -> None:
         """Close the conversations that wait for a request (the endpoint must be draining); the others close after their answer.
