@@ -1,6 +1,6 @@
 """Camera images as JPEG inside an observation: a ``bytes`` value that begins as a JPEG does.
 
-A 224 × 224 camera is 150 kB raw and about 15 kB as JPEG of quality 90, for 0.15 ms at each end (docs/benchmarks.md). It is lossy, and so
+A 224 × 224 camera is 150 kB raw and about 10 kB as JPEG of quality 90, for 0.15 ms at each end (docs/benchmarks.md). It is lossy, and so
 only ever the client's choice.
 """
 
