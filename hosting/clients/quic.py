@@ -26,7 +26,7 @@ from hosting.quic_endings import Why
 from hosting.quic_settings import ALPN, IDLE_TIMEOUT_S, client_configuration
 from hosting.udp import Address
 
-STRIPE_MIN_BYTES = 64 * 1024
+STRIPE_MIN_BYTES = 16 * 1024
 """Smaller requests go over one connection: they fit its first flight."""
 MAX_MESSAGE_BYTES = 64 << 20
 _PROBE_S = 2.0
@@ -44,7 +44,7 @@ class QuicLink:
         cafile: PEM certificates to trust instead of the system's.
         verify: False takes any certificate: encryption without knowing whom one talks to.
         server_name: what the certificate must be for; ``host`` by default.
-        connections: over how many connections requests of 64 KB and more are spread. Several help where packets are lost.
+        connections: over how many connections requests of 16 KB and more are spread. Several help where packets are lost.
         connect_timeout_s: for the handshake.
         ready_timeout_s: for the metadata, which a server that is still loading sends when it is done; None waits.
         max_message_bytes: limit of a reply.
