@@ -17,9 +17,11 @@ from hosting.protocol.requests import InferRequest, MetadataRequest, ResetReques
 
 
 class Conversation:
-    """Args:
-    endpoint: the slot.
-    connection: a new one; its profile is the client's choice.
+    """What one client asks of one slot, message by message.
+
+    Args:
+        endpoint: the slot.
+        connection: a new one; its profile is the client's choice.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection) -> None:

@@ -119,9 +119,12 @@ class Service:
 
     def _broken(self, failed: asyncio.Future[None]) -> None:
         """An endpoint cannot go on: end the process in good order, so that whoever supervises it starts a new one."""
-        if failed.cancelled() or self._stop.is_set():
+        if failed.cancelled():
             return
-        logger.critical("an endpoint broke down (%s); stopping", failed.exception())
+        error = failed.exception()
+        if self._stop.is_set():
+            return
+        logger.critical("an endpoint broke down (%s); stopping", error)
         self._exit_code = 1
         self._stop.set()
 
@@ -247,7 +250,7 @@ class Service:
         if not working.done():
             if self._handle_signals:
                 logger.info("stopped while loading")
-                _exit_now(0)
+                _exit_now(self._exit_code)
             working.cancel()
             return
         stopping.cancel()

@@ -41,6 +41,10 @@ _CLOSE_TIMEOUT_S = 2.0
 _TEXT_TYPES = frozenset({MessageType.ERROR, MessageType.RESET_REPLY})
 
 
+class _IdleError(Exception):
+    """A client has sent no request for too long. No TimeoutError: a network's own is one, too, and is the client's departure."""
+
+
 class WebSocketTransport:
     """All WebSocket conversations of one endpoint.
 
@@ -135,9 +139,9 @@ class WebSocketTransport:
                 self._busy[websocket] = False
                 if not self._endpoint.draining:
                     message = await self._in_time(websocket.receive())
-        except TimeoutError:  # before OSError, which it is
-            logger.info("%s: closing a connection that sent no request for %g s", self._endpoint.slot, self._idle_timeout_s)
-            await _close(websocket, f"no request came for {self._idle_timeout_s:g} s")
+        except _IdleError as idle:
+            logger.info("%s: closing an idle connection: %s", self._endpoint.slot, idle)
+            await _close(websocket, str(idle))
         except (WebSocketDisconnect, OSError):
             logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
         finally:
@@ -159,11 +163,18 @@ class WebSocketTransport:
         return not self._endpoint.draining
 
     async def _in_time(self, receiving: Awaitable[Message]) -> Message:
-        """The next message, unless the client is idle for too long."""
+        """The next message.
+
+        Raises:
+            _IdleError: none came in time.
+        """
         if self._idle_timeout_s is None:
             return await receiving
-        async with asyncio.timeout(self._idle_timeout_s):
-            return await receiving
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                return await receiving
+        except TimeoutError as error:
+            raise _IdleError(f"no request came for {self._idle_timeout_s:g} s") from error
 
     def _authorized(self, request: HTTPConnection) -> bool:
         return self._api_key is None or hmac.compare_digest(_api_key(request).encode(), self._api_key.encode())
