@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -25,6 +26,9 @@ from pi0.norm_stats import load_norm_stats
 from pi0.tokenizer import OnLongPrompt, PromptTokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
+
+MAX_BATCH = 256
+"""Observations in one model call; more are served in several."""
 
 Noise = NDArray[np.floating[Any]]
 
@@ -47,6 +51,7 @@ class ActionPolicy:
         self._sampler = sampler
         self._noise_shape = (config.action_horizon, action_dim)
         self._compiled = compiled
+        self._max_rows = MAX_BATCH
 
     @classmethod
     def load(
@@ -145,6 +150,9 @@ class ActionPolicy:
     ) -> list[dict[str, Any]]:
         """One model call for several observations; each reply is what :meth:`infer` gives for it.
 
+        More than :data:`MAX_BATCH` observations, or than a compiled model was warmed up for, are served in several calls; ``infer_ms`` is the
+        time of all of them.
+
         Args:
             noise: ``[B, H, A]``, or one ``[H, A]`` per observation.
             seeds: one per observation; None in it for fresh noise.
@@ -156,9 +164,11 @@ class ActionPolicy:
             return []
         drawn = self._noise(len(observations), noise, seeds)
         prepared = [self._prepare(observation, row, len(observations)) for row, observation in enumerate(observations)]
-        length = self._processor.bucket(max(len(row.prompt.ids) for row in prepared))
         start = time.perf_counter()
-        chunks = self._sampler.sample(_model_input(prepared, length), drawn)
+        chunks: list[NDArray[np.float32]] = []
+        for first in range(0, len(prepared), self._max_rows):
+            rows = slice(first, first + self._max_rows)
+            chunks.extend(self._sample(prepared[rows], drawn[rows]))
         infer_ms = (time.perf_counter() - start) * 1000
         return [self._reply(chunk, row, infer_ms) for chunk, row in zip(chunks, prepared, strict=True)]
 
@@ -166,15 +176,45 @@ class ActionPolicy:
         """What a client of this robot sends, drawn from ``rng``."""
         return self.config.embodiment.example(rng)
 
-    def warmup(self) -> None:
-        """Runs the model on an example, once per prompt length that requests may need where every length is compiled apart."""
+    def preview_prompt(self, prompt: str) -> dict[str, Any]:
+        """What the model reads of ``prompt``: ``{"text": str, "token_ids": list[int], "tokens": int, "max_tokens": int, "not_fitting": str}``.
+
+        A pi0.5 prompt carries the robot's state as well; ``text`` shows it for a state that takes as many tokens as any can, every value at
+        its upper end, so that what fits here fits with every state. Safe on any thread: the model is not touched.
+        """
+        state = np.ones(self.config.embodiment.state_dim) if self.config.discrete_state_input else None
+        return self._processor.tokenizer.preview_action_prompt(prompt, self.config.max_token_len, state=state)
+
+    def warmup(self, *, max_batch: int = 1) -> None:
+        """Runs the model on an example, so that no later call with up to ``max_batch`` observations (at most :data:`MAX_BATCH`) compiles anything.
+
+        Where the model is compiled, that is once per batch size, 1, 2, 4, … up to the first that holds ``max_batch``, and prompt length that
+        requests may need. Eager, one run does.
+
+        Raises:
+            ValueError: ``max_batch`` is less than 1.
+        """
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}, expected at least 1")
         example = self._processor.prepare(self.example_observation(np.random.default_rng(0)))
         ids = example.prompt.ids
-        for length in self._processor.buckets if self._compiled else (self._processor.bucket(len(ids)),):
+        largest = _program_rows(min(max_batch, MAX_BATCH)) if self._compiled else 1
+        lengths = self._processor.buckets if self._compiled else (self._processor.bucket(len(ids)),)
+        for rows, length in product([2**power for power in range(largest.bit_length())], lengths):
             start = time.perf_counter()
             cut = dataclasses.replace(example, prompt=dataclasses.replace(example.prompt, ids=ids[:length]))
-            self._sampler.sample(_model_input([cut], length), np.zeros((1, *self._noise_shape), np.float32))
-            logger.info("action policy warmed up for prompts of %d tokens in %.1f s", length, time.perf_counter() - start)
+            self._sampler.sample(_model_input([cut] * rows, length), np.zeros((rows, *self._noise_shape), np.float32))
+            logger.info("action policy warmed up for %d prompts of %d tokens in %.1f s", rows, length, time.perf_counter() - start)
+        if self._compiled:
+            self._max_rows = largest
+
+    def _sample(self, prepared: Sequence[PreparedObservation], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+        """One model call; a compiled model is given a power of two of rows, of which those that fill up repeat the last one and are dropped."""
+        count = len(prepared)
+        if self._compiled and (fill := _program_rows(count) - count):
+            prepared, noise = [*prepared, *[prepared[-1]] * fill], np.concatenate([noise, np.repeat(noise[-1:], fill, axis=0)])
+        length = self._processor.bucket(max(len(row.prompt.ids) for row in prepared))
+        return self._sampler.sample(_model_input(prepared, length), noise)[:count]
 
     def _prepare(self, observation: Observation, row: int, count: int) -> PreparedObservation:
         try:
@@ -211,6 +251,11 @@ class ActionPolicy:
         if prepared.prompt.truncated:
             reply["prompt_truncated"] = True
         return reply
+
+
+def _program_rows(count: int) -> int:
+    """Rows of the compiled program that serves ``count`` observations."""
+    return 1 << (count - 1).bit_length()
 
 
 def _model_input(prepared: Sequence[PreparedObservation], length: int) -> ModelInput:

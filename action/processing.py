@@ -71,7 +71,7 @@ class Processor:
     ) -> None:
         _check_widths(config, norm_stats, action_dim)
         self._config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._state_stats, self._action_stats = norm_stats["state"], norm_stats["actions"]
         self._action_dim = action_dim
         self._on_long_prompt: OnLongPrompt = on_long_prompt
@@ -120,7 +120,7 @@ class Processor:
 
     def _tokenize(self, prompt: str, normalized_state: Array, on_long_prompt: OnLongPrompt) -> TokenizedPrompt:
         state = normalized_state if self._config.discrete_state_input else None
-        return self._tokenizer.action_prompt(prompt, self._config.max_token_len, state=state, on_long_prompt=on_long_prompt)
+        return self.tokenizer.action_prompt(prompt, self._config.max_token_len, state=state, on_long_prompt=on_long_prompt)
 
     def _pad(self, normalized: Array) -> NDArray[np.float32]:
         padded = np.zeros(self._action_dim, np.float32)

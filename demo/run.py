@@ -22,7 +22,15 @@ from demo.checkpoints import MODEL_CONFIG, ensure_checkpoints
 from hosting import logs
 from hosting.clients.client import Client
 from hosting.clients.errors import ConnectError, ConnectionLostError
-from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, PlannerTransportConfig, ServiceConfig
+from hosting.config import (
+    ActionConfig,
+    ActionTransportConfig,
+    AdminConfig,
+    PlannerConfig,
+    PlannerSchedulerConfig,
+    PlannerTransportConfig,
+    ServiceConfig,
+)
 from hosting.service import Service
 
 _SHOWN = 8
@@ -169,6 +177,6 @@ def _config(planner_dir: Path, action_dir: Path, *, free_ports: bool) -> Service
         }
     return ServiceConfig(
         action=ActionConfig(model_config_name=MODEL_CONFIG, checkpoint_dir=str(action_dir)),
-        planner=PlannerConfig(checkpoint_dir=str(planner_dir)),
+        planner=PlannerConfig(checkpoint_dir=str(planner_dir), scheduler=PlannerSchedulerConfig(max_batch=1)),
         **ports,
     )

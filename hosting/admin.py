@@ -1,54 +1,40 @@
-"""The admin API: what is loaded, and the prompt settings, editable while the service runs.
+"""The admin API: whether the service is well, what it has loaded and whom it serves, and the prompt settings (:mod:`hosting.admin_prompts`).
 
-Every refusal is a 422 whose ``detail`` is plain text, one line per problem, in the words of the configuration file's errors.
+Every refusal is JSON whose ``detail`` is plain text, one line per problem, in the words of the configuration file's errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import ErrorDetails
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Response, Security
+from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, Field
 
-from hosting.config import ActionPromptTemplate, GenerationPromptFormat, MaxGenerationTokens
-from hosting.config_problems import validation_problems
-from hosting.templates import (
-    DEFAULT_ACTION_PROMPT_TEMPLATE,
-    LiveSettings,
-    PromptSettings,
-)
-from pi0.errors import ConfigError
-from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS
+from hosting.admin_access import AccessMiddleware
+from hosting.admin_bodies import StrictRoute
+from hosting.admin_prompts import Refusal, add_prompt_routes, add_refusals
+from hosting.calls import Slot
+from hosting.policy import PromptPreview
+from hosting.templates import LiveSettings
 
 _DESCRIPTION = """Edit what the planner is asked and what the action policy is told, while robots are connected.
 A change is in force from the next request on; a request that is running keeps the settings it started with."""
 
-_GenerationPromptFormat = Annotated[
-    GenerationPromptFormat,
-    Field(
-        description="The planner's prompt. Must have `{task}` and no other placeholder; `{{` and `}}` are literal braces.",
-        examples=[DEFAULT_GENERATION_PROMPT_FORMAT],
-    ),
-]
-_ActionPromptTemplate = Annotated[
-    ActionPromptTemplate,
-    Field(
-        description="The action policy's prompt in combined mode. Must have `{subtask}`, may have `{task}`. "
-        "In planner-only mode it is kept but has no effect.",
-        examples=[DEFAULT_ACTION_PROMPT_TEMPLATE, "{subtask}"],
-    ),
-]
-_MaxGenerationTokens = Annotated[MaxGenerationTokens, Field(description="Longest subtask, in tokens.", examples=[DEFAULT_MAX_GENERATION_TOKENS])]
+DEFAULT_SESSIONS: Final = 100
+MAX_SESSIONS: Final = 10_000
+
+SlotState = Literal["loading", "warming", "ready", "stuck", "draining"]
 
 
 class Health(BaseModel):
-    """Whether the service takes requests, and what it has loaded."""
+    """The process runs; how far it is, and with what."""
 
-    status: Literal["ok", "starting"] = Field(description="`starting` until every slot is loaded and warmed up.")
+    status: Literal["ok", "starting", "stuck", "draining"] = Field(
+        description="`starting` until every slot is loaded and warmed up; `stuck`: a model call does not come back."
+    )
     mode: str = Field(examples=["combined"])
     slots: list[str] = Field(examples=[["action", "planner"]])
 
@@ -58,104 +44,125 @@ class Readiness(BaseModel):
 
     ready: bool = Field(description="Whether requests are taken; the status code is 503 where not.")
     mode: str = Field(examples=["combined"])
-    slots: dict[str, str] = Field(description="`loading`, `ready` or `draining`.", examples=[{"action": "ready", "planner": "loading"}])
+    slots: dict[str, SlotState] = Field(examples=[{"action": "ready", "planner": "loading"}])
     addresses: dict[str, str] = Field(examples=[{"action": "ws://127.0.0.1:8000"}])
     quic_certificate_sha256: str | None = Field(description="What QUIC clients pin; null where QUIC is not served.")
 
 
-class PromptConfig(BaseModel):
-    """The prompt settings in force."""
+class ServerLive(BaseModel):
+    """KServe's liveness."""
 
-    generation_prompt_format: _GenerationPromptFormat
-    action_prompt_template: _ActionPromptTemplate
-    max_generation_tokens: _MaxGenerationTokens
-    revision: int = Field(description="1 at start, one more with every change.", examples=[1])
+    live: Literal[True] = True
 
 
-class PromptConfigChange(BaseModel):
-    """The settings to change; those left out stay as they are."""
+class ServerReady(BaseModel):
+    """KServe's readiness."""
 
-    # The factories keep the fields optional without inviting null or showing a default that is none.
-    model_config = ConfigDict(extra="forbid")
-
-    generation_prompt_format: _GenerationPromptFormat = Field(default_factory=str)
-    action_prompt_template: _ActionPromptTemplate = Field(default_factory=str)
-    max_generation_tokens: _MaxGenerationTokens = Field(default_factory=int)
+    ready: bool
 
 
-class Refusal(BaseModel):
-    """Why nothing was changed."""
+class Sessions(BaseModel):
+    """What is remembered of robots between their requests."""
 
-    detail: str = Field(
-        description="One line per problem, the field first.",
-        examples=["generation_prompt_format: has no {task}; put it where that text belongs"],
-    )
+    count: int = Field(description="How many there are.", examples=[1])
+    limit: int = Field(description="How many are listed at most.", examples=[DEFAULT_SESSIONS])
+    sessions: list[dict[str, Any]]
 
 
-def create_admin_app(settings: LiveSettings, *, mode: str, slots: Sequence[str], status: Callable[[], Mapping[str, Any]], version: str) -> FastAPI:
-    """The admin API as an ASGI application.
+def create_admin_app(
+    settings: LiveSettings | None,
+    *,
+    mode: str,
+    slots: Sequence[Slot],
+    status: Callable[[], Mapping[str, Any]],
+    version: str,
+    api_key: str | None = None,
+    metrics: Callable[[], tuple[bytes, str]] | None = None,
+    slot_details: Callable[[], Mapping[str, Any]] = dict,
+    sessions: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
+    previews: Callable[[], Mapping[Slot, PromptPreview]] = dict,
+) -> FastAPI:
+    """The admin API as an ASGI application. All callables are called on the event loop.
 
     Args:
-        settings: the settings that ``PATCH /config`` edits.
+        settings: the settings that ``/config`` edits; None: there is no planner, and nothing to edit.
         mode: ``combined``, ``action_only`` or ``planner_only``.
         slots: the slots that are configured.
         status: the fields of :class:`Readiness` at the time of the call.
         version: the version of Tandem, shown in the API's description.
+        api_key: what everything but health and readiness needs; None: nothing does, but requests must name a loopback host.
+        metrics: the body of ``GET /metrics`` and its content type; None: there is no such page.
+        slot_details: slot → what ``GET /slots`` tells of it; JSON.
+        sessions: what ``GET /sessions`` tells of each; JSON.
+        previews: slot → its policy, of those that are loaded and can preview a prompt.
     """
     app = FastAPI(title="Tandem admin", version=version, description=_DESCRIPTION, redoc_url=None)
+    app.add_middleware(AccessMiddleware, api_key=api_key)
+    add_refusals(app)
 
-    @app.get("/health", summary="Is it up, and with what")
+    def is_ready(response: Response) -> Mapping[str, Any]:
+        found = status()
+        response.status_code = 200 if found["ready"] else 503
+        return found
+
+    @app.get("/health", summary="Is it up, and with what; 200 as long as the process runs")
     async def health() -> Health:
-        return Health(status="ok" if status()["ready"] else "starting", mode=mode, slots=list(slots))
+        found = status()
+        return Health(status="ok" if found["ready"] else _unready(found["slots"].values()), mode=mode, slots=list(slots))
 
     @app.get("/ready", summary="What is served, and whether it is ready", responses={503: {"model": Readiness}})
     async def ready(response: Response) -> Readiness:
-        readiness = Readiness(**status())
-        response.status_code = 200 if readiness.ready else 503
-        return readiness
+        return Readiness(**is_ready(response))
 
-    @app.get("/config", summary="The prompt settings in force")
-    async def get_config() -> PromptConfig:
-        return _reply(settings.current)
+    @app.get("/v2/health/live", summary="KServe's name of /health")
+    async def live_v2() -> ServerLive:
+        return ServerLive()
 
-    @app.patch("/config", summary="Change prompt settings, all of those given or none", responses={422: {"model": Refusal}})
-    async def patch_config(change: PromptConfigChange) -> PromptConfig:
-        given = change.model_dump(include=change.model_fields_set)
-        if not given:
-            raise ConfigError(f"body: names no setting; send at least one of {', '.join(PromptConfigChange.model_fields)}")
-        return _reply(settings.update(**given))
+    @app.get("/v2/health/ready", summary="KServe's name of /ready", responses={503: {"model": ServerReady}})
+    async def ready_v2(response: Response) -> ServerReady:
+        return ServerReady(ready=is_ready(response)["ready"])
 
-    @app.exception_handler(ConfigError)
-    async def refuse(request: Request, error: ConfigError) -> JSONResponse:
-        return _refusal([str(error)])
+    guarded = APIRouter(route_class=StrictRoute)
+    if api_key is not None:
+        # AccessMiddleware asks for the key, and before routing; this is for the OpenAPI page to say so.
+        scheme = HTTPBearer(description="`admin.api_key`; `Authorization: Api-Key KEY` and `X-API-Key: KEY` do as well.", auto_error=False)
+        guarded = APIRouter(
+            route_class=StrictRoute,
+            dependencies=[Security(scheme)],
+            responses={401: {"model": Refusal, "description": "The API key is missing or wrong."}},
+        )
 
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _refusal([line for detail in error.errors() for line in _body_problems(detail)])
+    if metrics is not None:
 
+        @guarded.get("/metrics", summary="Counters, gauges and histograms for Prometheus", response_class=PlainTextResponse)
+        async def get_metrics() -> Response:
+            body, content_type = metrics()
+            return Response(body, headers={"Content-Type": content_type})
+
+    @guarded.get("/slots", summary="What is loaded, and how it is doing")
+    async def get_slots() -> dict[str, Any]:
+        return dict(slot_details())
+
+    @guarded.get("/sessions", summary="Whom it serves", responses={422: {"model": Refusal}})
+    async def get_sessions(
+        limit: Annotated[int, Query(ge=1, le=MAX_SESSIONS, description="How many to list.")] = DEFAULT_SESSIONS,
+    ) -> Sessions:
+        known = sessions()
+        return Sessions(count=len(known), limit=limit, sessions=[dict(session) for session in known[:limit]])
+
+    if settings is not None:
+        add_prompt_routes(guarded, settings, combined="action" in slots, slot_states=lambda: status()["slots"], previews=previews)
+    else:
+
+        @guarded.api_route("/config{rest:path}", methods=["GET", "PATCH", "POST"], include_in_schema=False)
+        async def no_planner(rest: str) -> None:
+            raise HTTPException(404, "no planner is configured; there is nothing to edit")
+
+    app.include_router(guarded)
     return app
 
 
-def _body_problems(detail: ErrorDetails) -> list[str]:
-    location = detail["loc"][1:]  # after "body"
-    if detail["type"] == "json_invalid":
-        return [f"body: not valid JSON at character {location[0]}: {detail['ctx']['error']}"]
-    if not location:
-        return [
-            'body: expected a JSON object, sent with the header "Content-Type: application/json", '
-            f"that has at least one of {', '.join(PromptConfigChange.model_fields)}"
-        ]
-    return validation_problems([{**detail, "loc": location}], PromptConfigChange, lambda _: None)
-
-
-def _refusal(lines: list[str]) -> JSONResponse:
-    return JSONResponse({"detail": "\n".join(lines)}, status_code=422)
-
-
-def _reply(settings: PromptSettings) -> PromptConfig:
-    return PromptConfig(
-        generation_prompt_format=settings.generation_prompt_format,
-        action_prompt_template=settings.action_prompt_template,
-        max_generation_tokens=settings.max_generation_tokens,
-        revision=settings.revision,
-    )
+def _unready(states: Collection[str]) -> Literal["starting", "stuck", "draining"]:
+    if "stuck" in states:
+        return "stuck"
+    return "draining" if "draining" in states else "starting"

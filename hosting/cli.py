@@ -84,7 +84,7 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
     from hosting.config import load_config
 
     loaded = load_config(config, _overrides(set_))
-    logs.configure(loaded.config.log_format)
+    logs.configure(loaded.config.log_format, requests=loaded.config.log_requests)
     service_module = _require_serving()
     try:
         sys.exit(asyncio.run(_serve(service_module, loaded.config)))

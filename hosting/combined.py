@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import Any, Literal
 
+from hosting.cadence import Basis, Cadence, Plan, Refresh, SessionPlan
+from hosting.calls import Background, Origin, SlotCall, Steps
 from hosting.failures import client_text
-from hosting.policy import Observation, PlannerPolicy, Policy, Reply, RequestError, UnavailableError
-from hosting.routing import ActionCalls, PlannerCalls, RequestMode, Steps, request_mode, run, without_mode
-from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, parse_action_prompt_template
+from hosting.observer import Observer
+from hosting.policy import Observation, PlannerError, PlannerPolicy, Policy, Reply, RequestError, SupersededError, UnavailableError
+from hosting.routing import ActionCalls, PlannerCalls, RequestMode, request_mode, run, without_mode
+from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, PromptSettings, parse_action_prompt_template
 from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 
 OnFailure = Literal["use_task", "fail"]
 
 _SERVED: frozenset[RequestMode] = frozenset({"default", "subtask_only", "action_only"})
+_EVERY_REQUEST = Cadence()
 
 
 class CombinedPolicy:
@@ -28,6 +33,18 @@ class CombinedPolicy:
     ``action_only``  the action policy on the task as it was sent       the action policy's
     ============== ==================================================== =======================================
 
+    Every ``subtask`` is the planner's own map (``text``, ``ms``, …) and where it comes from:
+
+    ===================== ===================================================================================================
+    ``age_ms``            how old the observation that it was planned from is when the action policy is about to be asked
+    ``revision``          1, 2, …: which of the session's plans it is; 0: there was none yet
+    ``source_index``      the number of the observation that it was planned from
+    ``waited``            whether the request waited for the planner
+    ``template_revision`` the one revision of the prompt settings that both prompts were made with
+    ``error``             only where the planner's last answer failed to come: why
+    ``task``              only where it is not the request's: the task that was acted on, since its own has no subtask yet
+    ===================== ===================================================================================================
+
     Args:
         planner: the planner slot's policy.
         action: the action slot's policy.
@@ -36,6 +53,10 @@ class CombinedPolicy:
             prompt settings that the planner was loaded with. Read once per request.
         on_failure: when the planner fails, ``use_task`` acts on the task alone and says so in ``subtask.error``; ``fail`` fails the
             request. A request that is wrong (no camera, prompt too long) fails either way.
+        cadence: when a session's subtask is planned anew. A request without a session plans its own.
+        timeout_s: how long the planner is waited for; None: for ever. Being late is a failure of the planner.
+        clock: what ``Origin.arrived_s`` is a reading of, in seconds.
+        observer: is told of every subtask.
 
     Raises:
         ConfigError: the template is wrong.
@@ -49,14 +70,22 @@ class CombinedPolicy:
         action_prompt_template: str = DEFAULT_ACTION_PROMPT_TEMPLATE,
         live: LiveSettings | None = None,
         on_failure: OnFailure = "use_task",
+        cadence: Cadence = _EVERY_REQUEST,
+        timeout_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        observer: Observer | None = None,
     ) -> None:
         self.planner = planner
         self.action = action
-        self._plan = PlannerCalls(planner)
+        self._ask = PlannerCalls(planner)
         self._act = ActionCalls(action)
         self._template = parse_action_prompt_template(action_prompt_template)
         self._live = live
         self._on_failure = on_failure
+        self._cadence = cadence
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._observer = observer or Observer()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -72,35 +101,129 @@ class CombinedPolicy:
         """
         return run(self.steps(obs, **sampling))
 
-    def steps(self, obs: Observation, /, **sampling: Any) -> Steps:
-        """The same as a route, for a driver that has a thread per slot."""
+    def steps(self, obs: Observation, /, *, origin: Origin | None = None, **sampling: Any) -> Steps:
+        """The same as a route, for a driver that has a thread per slot; ``origin`` says whose session the observation is of."""
         mode = request_mode(obs, _SERVED)
         observation = without_mode(obs)
         if mode == "action_only":
             return (yield self._act(observation, **sampling))
         task = prompt_text(obs, getattr(self.action, "default_prompt", None), remedy=SEND_OR_SET_DEFAULT)
         settings = self._live.current if self._live is not None else None
+        now_s = self._clock()
+        memory, basis = _place(origin, task, settings, now_s)
+        memory.observe(basis)
+
+        plan: Plan | None = None
+        if mode == "default" and not (origin is not None and origin.replan):
+            plan = self._cadence.usable(memory, basis, now_s)
+        waited = plan is None
+        if plan is None:
+            plan = yield from self._planned(memory, basis, observation, use_task=mode == "default" and self._on_failure == "use_task")
+        elif self._cadence.due(memory, basis, now_s):
+            yield self._refresh(memory, basis, observation)
+
+        if not plan.basis.plans_alike(settings):
+            settings = plan.basis.settings
+        subtask = self._reported(plan, memory, settings, task=task, waited=waited)
+        if mode == "subtask_only":
+            return {"subtask": subtask}
+        if "error" not in plan.subtask:
+            self._observer.subtask_used(subtask["age_ms"] / 1e3, waited=waited)
+        reply = yield self._act({**observation, "prompt": self._prompt(plan, settings)}, **sampling)
+        return {**reply, "subtask": subtask}
+
+    def _call(self, basis: Basis, observation: Observation) -> SlotCall:
         overrides: dict[str, Any] = {}
-        if settings is not None:
+        if basis.settings is not None:
             overrides = {
-                "generation_prompt_format": settings.generation_prompt_format,
-                "max_generation_tokens": settings.max_generation_tokens,
+                "generation_prompt_format": basis.settings.generation_prompt_format,
+                "max_generation_tokens": basis.settings.max_generation_tokens,
             }
-        started_s = time.perf_counter()
+        return self._ask({**observation, "prompt": basis.task}, timeout_s=self._timeout_s, **overrides)
+
+    def _planned(
+        self, memory: SessionPlan, basis: Basis, observation: Observation, *, use_task: bool
+    ) -> Generator[SlotCall | Background, Reply, Plan]:
+        """A plan from this very observation."""
+        memory.refreshed_s = started_s = self._clock()
         try:
-            planned = yield self._plan({**observation, "prompt": task}, **overrides)
-            subtask: dict[str, Any] = dict(planned["subtask"])
+            subtask = _subtask_of((yield self._call(basis, observation)))
+            if isinstance(subtask, PlannerError):
+                raise subtask
         except (RequestError, UnavailableError):
             raise
         except Exception as error:
-            if mode == "subtask_only" or self._on_failure == "fail":
+            if not use_task:
                 raise
-            subtask = {"text": "", "ms": (time.perf_counter() - started_s) * 1e3, "error": client_text(error, slot="planner")}
-        if mode == "subtask_only":
-            return {"subtask": subtask}
-        prompt = task
-        if subtask["text"]:
-            values = {"task": task, "subtask": subtask["text"]}
-            prompt = settings.action_prompt(**values) if settings is not None else self._template.render(**values)
-        reply = yield self._act({**observation, "prompt": prompt}, **sampling)
-        return {**reply, "subtask": subtask}
+            text = client_text(error, slot="planner")
+            memory.failed(basis, text)
+            return memory.fallback(basis, {"text": "", "ms": (self._clock() - started_s) * 1e3, "error": text})
+        self._report_steps(subtask)
+        return memory.planned(basis, subtask)
+
+    def _refresh(self, memory: SessionPlan, basis: Basis, observation: Observation) -> Background:
+        """The same beside the request, for those that follow."""
+        memory.refreshed_s = self._clock()
+        memory.refresh = refresh = Refresh()
+        return Background(self._call(basis, observation), refresh.begin, partial(self._refreshed, memory, refresh, basis))
+
+    def _refreshed(self, memory: SessionPlan, refresh: Refresh, basis: Basis, outcome: Reply | BaseException) -> None:
+        memory.ended(refresh)
+        answer = outcome if isinstance(outcome, BaseException) else _subtask_of(outcome)
+        match answer:
+            case SupersededError():
+                self._observer.refreshed("superseded")
+            case Exception():
+                memory.failed(basis, client_text(answer, slot="planner"))
+                self._observer.refreshed("failed")
+            case BaseException():
+                pass  # cancelled: the slot is being closed
+            case _:
+                self._report_steps(answer)
+                taken = memory.takes(basis)
+                if taken:
+                    memory.planned(basis, answer)
+                self._observer.refreshed("ok" if taken else "stale")
+
+    def _reported(self, plan: Plan, memory: SessionPlan, settings: PromptSettings | None, *, task: str, waited: bool) -> dict[str, Any]:
+        """The ``subtask`` of a reply."""
+        basis = plan.basis
+        subtask: dict[str, Any] = {
+            **plan.subtask,
+            "age_ms": (self._clock() - basis.observed_s) * 1e3,
+            "revision": plan.revision,
+            "source_index": basis.source_index,
+            "waited": waited,
+            "template_revision": settings.revision if settings is not None else 1,
+        }
+        if not waited and memory.error is not None:
+            subtask["error"] = memory.error
+        if basis.task != task:
+            subtask["task"] = basis.task
+        return subtask
+
+    def _report_steps(self, subtask: Mapping[str, Any]) -> None:
+        if (steps := subtask.get("decode_steps")) is not None:
+            self._observer.decode_steps(steps)
+
+    def _prompt(self, plan: Plan, settings: PromptSettings | None) -> str:
+        """What the action policy is told."""
+        task, text = plan.basis.task, plan.subtask["text"]
+        if not text:
+            return task
+        return settings.action_prompt(task=task, subtask=text) if settings is not None else self._template.render(task=task, subtask=text)
+
+
+def _place(origin: Origin | None, task: str, settings: PromptSettings | None, now_s: float) -> tuple[SessionPlan, Basis]:
+    """What is remembered of the observation's session, and the observation's place in it; the first of its own without a session."""
+    if origin is None:
+        return SessionPlan(), Basis(task, settings, source_index=0, order=0, observed_s=now_s)
+    return origin.plan, Basis(task, settings, origin.index, origin.order, origin.arrived_s)
+
+
+def _subtask_of(reply: Reply) -> dict[str, Any] | PlannerError:
+    """The planner's answer, or what is wrong with it."""
+    subtask = reply.get("subtask")
+    if not isinstance(subtask, Mapping) or not isinstance(subtask.get("text"), str):
+        return PlannerError("the planner's reply has no subtask.text, expected a string")
+    return dict(subtask)

@@ -7,6 +7,7 @@ docs/configuration.md describes every field.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import sys
@@ -38,7 +39,7 @@ OnLongPrompt = Literal["error", "truncate"]
 ActionSpace = Literal["joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
-_SECRETS: Final = frozenset({"api_key"})
+_SECRETS: Final = frozenset({"api_key", "admin.api_key"})
 DEFAULT_CONFIG_FILE: Final = Path("config.json")
 MIB: Final = 1 << 20
 
@@ -109,6 +110,26 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class SchedulerConfig(_Section):
+    """Which of the waiting requests a slot serves next, and how many of them together."""
+
+    max_batch: Annotated[int, Field(strict=True, ge=1, le=256)] = 8
+    """Most observations in one model call. Every size that a compiled model needs for it is compiled at the start."""
+    max_wait_ms: Annotated[float, Field(strict=True, ge=0, le=1000)] = 2.0
+    """How long a batch with room is held for clients that were answered just now and are likely to ask again, in ms. A client that is alone
+    never waits; 0: nobody does."""
+    max_queue: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
+    """How many requests may wait; more are refused as overloaded."""
+    deadline_ms: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
+    """Deadline of requests that bring none, from their arrival, in ms; None: they have none."""
+
+
+class PlannerSchedulerConfig(SchedulerConfig):
+    """As for the action slot; the planner has compiled programs for at most 8 rows, and each doubling costs as many again at the start."""
+
+    max_batch: Annotated[int, Field(strict=True, ge=1, le=8)] = 2
+
+
 class ActionConfig(_Section):
     """The action slot: a PyTorch pi0 or pi0.5 policy."""
 
@@ -128,6 +149,7 @@ class ActionConfig(_Section):
     """Denoising (Euler) steps per action chunk."""
     on_long_prompt: OnLongPrompt = "error"
     """Whether a prompt with too many tokens is refused, or cut on the right and flagged in the reply."""
+    scheduler: SchedulerConfig = SchedulerConfig()
 
 
 class PlannerConfig(_Section):
@@ -153,6 +175,17 @@ class PlannerConfig(_Section):
     """Combined mode: when planning fails, act on the task itself and say so in the reply, or fail the request."""
     on_long_prompt: OnLongPrompt = "error"
     """As ``action.on_long_prompt``."""
+    refresh: Literal["every_request", "async"] = "every_request"
+    """Combined mode: plan before every action, or only before a task's first one, and beside the others from then on."""
+    interval_s: Seconds = 1.0
+    """With ``async``: seconds between two refreshes of a session's subtask."""
+    max_age_s: Seconds | None = 10.0
+    """With ``async``: a request waits for a new subtask when the current one was planned from an observation older than this; None: never."""
+    on_task_change: Literal["wait", "keep"] = "wait"
+    """With ``async``: a request with a new task waits for its subtask, or goes on with the old task and its subtask until there is one."""
+    timeout_s: Seconds | None = None
+    """Combined mode: seconds that an action request waits for the planner until planning counts as failed (``on_failure``); None: for ever."""
+    scheduler: PlannerSchedulerConfig = PlannerSchedulerConfig()
 
 
 class ActionTransportConfig(_Section):
@@ -218,11 +251,35 @@ class RoboArenaConfig(_Section):
         return known
 
 
+class SessionsConfig(_Section):
+    """What is remembered of robots between their requests."""
+
+    ttl_s: Seconds = 600.0
+    """Seconds without a request until a session with an id is forgotten."""
+    max_sessions: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1024
+    """How many there may be; beyond it the one that was not used for the longest time is forgotten."""
+
+
+class WatchdogConfig(_Section):
+    """What happens when a model call does not return."""
+
+    stuck_after_s: Seconds | None = 120.0
+    """Seconds until the service is no longer ready; None: it stays so."""
+    fatal_after_s: Seconds | None = 600.0
+    """Seconds until the process ends with 1, so that its supervisor starts it anew; None: it waits for ever."""
+
+
 class AdminConfig(_Section):
-    """Where the admin API listens (when a planner is loaded). It has no login: think twice before leaving the loopback."""
+    """Where the admin API listens."""
 
     host: Text = "127.0.0.1"
-    port: Port = 8001
+    """Beyond the loopback only with ``api_key``."""
+    port: Port | None = 8001
+    """None: nowhere."""
+    api_key: Annotated[str, AfterValidator(_key)] | None = Field(default=None, repr=False)
+    """What its clients must send, but for health and readiness; None: they need not."""
+    settings_file: Text | None = None
+    """JSON file that keeps live changes of the prompt settings over a restart; None: they are forgotten."""
 
 
 class ServiceConfig(BaseSettings):
@@ -250,11 +307,15 @@ class ServiceConfig(BaseSettings):
     websocket: WebSocketConfig = WebSocketConfig()
     roboarena: RoboArenaConfig = RoboArenaConfig()
     admin: AdminConfig = AdminConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     max_message_bytes: Annotated[int, Field(strict=True, ge=MIB, le=(1 << 32) - 1)] = 128 * MIB
     """Longest message that a client may send, in bytes; at most what the transports' 32-bit length can say."""
     drain_s: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 30.0
     """Seconds that requests in flight get at shutdown."""
     log_format: Literal["plain", "json"] = "plain"
+    log_requests: Flag = True
+    """Whether each request leaves a line in the log."""
 
     @classmethod
     def settings_customise_sources(
@@ -290,6 +351,15 @@ class ServiceConfig(BaseSettings):
                 'roboarena.action_space: missing, and with websocket.profile "roboarena" no client could be served; '
                 f"set it to one of {', '.join(get_args(ActionSpace))}"
             )
+        if self.admin.port is not None and self.admin.api_key is None and not is_loopback(self.admin.host):
+            problems.append(
+                f"admin.api_key: missing, and admin.host {self.admin.host} can be reached from other machines, where anybody could edit prompts; "
+                "set a key, or leave admin.host at 127.0.0.1"
+            )
+        stuck_s, fatal_s = self.watchdog.stuck_after_s, self.watchdog.fatal_after_s
+        if fatal_s is not None and (stuck_s is None or fatal_s < stuck_s):
+            least = "null" if stuck_s is None else f"{stuck_s:g}"
+            problems.append(f"watchdog.fatal_after_s: got {fatal_s:g}, expected null or at least watchdog.stuck_after_s, which is {least}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -297,8 +367,7 @@ class ServiceConfig(BaseSettings):
     def _clashes(self) -> list[str]:
         transports = [(slot, self.action_transport if slot == "action" else self.planner_transport) for slot in self.slots]
         tcp: list[tuple[str, object]] = [(f"{slot}_transport.websocket_port", transport.websocket_port) for slot, transport in transports]
-        if self.planner:
-            tcp.append(("admin.port", self.admin.port))
+        tcp.append(("admin.port", self.admin.port))
         udp: list[tuple[str, object]] = [(f"{slot}_transport.quic_port", transport.quic_port) for slot, transport in transports]
         paths: list[tuple[str, object]] = [
             (f"{slot}_transport.unix_socket_path", transport.unix_socket_path and os.path.normpath(transport.unix_socket_path))
@@ -377,6 +446,16 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 def describe(loaded: LoadedConfig) -> list[tuple[str, object, str]]:
     """(dotted field, effective value, origin) of every field, in the order of the model; secrets are not shown."""
     return [(field, "***" if field in _SECRETS and value else value, loaded.origins[field]) for field, value in _leaves(loaded.config)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def pytorch_compile_mode(environ: Mapping[str, str] = os.environ) -> CompileMode | Literal["unset"] | None:

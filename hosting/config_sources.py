@@ -11,11 +11,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from hosting import strict_json
 from hosting.config_problems import (
     Location,
     closest,
@@ -29,6 +30,7 @@ from hosting.config_problems import (
     suggestion,
     variable_name,
 )
+from hosting.strict_json import StrictJSONError
 from pi0.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -116,11 +118,9 @@ def read_file(path: Path, given_by: str) -> Layer:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror} ({given_by})") from None
     try:
-        document = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        document = strict_json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; see config.example.json") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(document, dict):
@@ -160,7 +160,7 @@ def read_environment(model: type[BaseModel], environ: Mapping[str, str]) -> Laye
         assert target is not None
         try:
             value = parse_value(environ[variable], target)
-        except _BadJSONError as error:
+        except StrictJSONError as error:
             layer.problems.append(f"{variable}: {error}")
             continue
         layer.put(location, value, f"environment {variable}")
@@ -199,28 +199,11 @@ def parse_value(text: str, target: FieldInfo) -> object:
     if is_text(target):
         return text
     try:
-        value: object = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-    except _BadJSONError:
+        value: object = strict_json.loads(text)
+    except StrictJSONError:
         raise
-    except (ValueError, RecursionError):
+    except ValueError:
         value = text
     if section_of(target) and not isinstance(value, dict):
-        raise _BadJSONError(f"expected {expectation(target)} as JSON, got {shown(text)}")
+        raise StrictJSONError(f"expected {expectation(target)} as JSON, got {shown(text)}")
     return value
-
-
-class _BadJSONError(ValueError):
-    """JSON that the standard parser takes but a configuration must not contain."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # JSON can spell half a character (a lone surrogate), which no field name has; escaped, the name can at least be reported.
-    pairs = [(name.encode("utf-8", "backslashreplace").decode(), value) for name, value in pairs]
-    names = [name for name, _ in pairs]
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise _BadJSONError(f"{duplicates[0]}: given twice in one object; keep one")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _BadJSONError(f"{name} is not a JSON number; write a finite one")

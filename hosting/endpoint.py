@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from hosting import __version__
+from hosting.calls import Origin, Served, Slot
+from hosting.observer import Observer
 from hosting.policy import DrainingError, MessageError, Observation, Reply, RequestError
 from hosting.protocol import jpeg
-from hosting.protocol.requests import InferRequest
-from hosting.routing import Route, Slot, of_row, run_on, run_together_on
+from hosting.protocol.requests import InferRequest, Row
+from hosting.routing import Route, of_row, run_on, run_together_on
 from hosting.scheduler import SlotWorker
+from hosting.sessions import ClientSessions, SessionStore
 
 SERVER_NAME = "tandem"
 
@@ -34,12 +39,28 @@ class Endpoint:
     Args:
         slot: which slot answers here.
         workers: the threads of all slots that a route of this endpoint may visit.
+        sessions: what is remembered of robots, on all endpoints of a service.
+        deadline_ms: of requests that bring none; None: they have none.
         max_image_bytes: how much the JPEG images of one request may decode to.
+        observer: is told what conversations with this endpoint do.
     """
 
-    def __init__(self, slot: Slot, workers: Mapping[Slot, SlotWorker], *, max_image_bytes: int = _DEFAULT_MAX_IMAGE_BYTES) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        workers: Mapping[Slot, SlotWorker],
+        *,
+        sessions: SessionStore | None = None,
+        deadline_ms: float | None = None,
+        max_image_bytes: int = _DEFAULT_MAX_IMAGE_BYTES,
+        observer: Observer | None = None,
+    ) -> None:
         self.slot: Slot = slot
+        self.sessions = sessions if sessions is not None else SessionStore()
+        self.observer = observer or Observer()
         self._workers = workers
+        self._deadline_ms = deadline_ms
+        self._orders = itertools.count()
         self._max_image_bytes = max_image_bytes
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix=f"{slot}-jpeg")  # starts no thread before the first image
         self._channels_first: frozenset[jpeg.Path] = frozenset()
@@ -72,49 +93,91 @@ class Endpoint:
         """Returns when the slot is ready, or never will be because the endpoint was closed."""
         await self._opened.wait()
 
-    async def serve(self, request: InferRequest, arrived_s: float) -> tuple[Reply, float]:
+    async def serve(self, request: InferRequest, arrived_s: float, sessions: ClientSessions, served: list[Served]) -> tuple[Reply, float]:
         """One request → its reply and the time it took in ms, the wait for the slot's thread included.
 
         A batched request's reply has a leading axis in every array, ``policy_timing`` once, and lists of everything else.
 
         Args:
             arrived_s: when it came, as :func:`time.perf_counter`; its deadline runs from there.
+            sessions: of the connection that it came over.
+            served: gets the calls that were made for it, however it ends.
 
         Raises:
             DrainingError: the server is shutting down.
             DeadlineError: the deadline passed before the slot's turn came.
+            SupersededError: a newer observation of its session came before the slot's turn.
+            OverloadedError: too many requests wait already.
             Exception: whatever the route raises.
         """
         if not self._opened.is_set():
             await self.opened()
         if self.draining or self._route is None:
             raise DrainingError(f"the server is shutting down; the {self.slot} endpoint takes no new requests")
-        self._in_flight += 1
-        self._idle.clear()
         started_s = time.perf_counter()
-        deadlines_ms = [row.deadline_ms for row in request.rows if row.deadline_ms is not None]
-        deadline_s = arrived_s + min(deadlines_ms) / 1e3 if deadlines_ms else None
-        try:
+        count = len(request.rows)
+        with contextlib.ExitStack() as under_way:
+            under_way.enter_context(self._accepted())
+            origins = [under_way.enter_context(self._origin(request, index, arrived_s, sessions, served)) for index in range(count)]
             routes = []
             decoded_bytes = 0
-            for index, row in enumerate(request.rows):
+            for index, (row, origin) in enumerate(zip(request.rows, origins, strict=True)):
                 obs: Observation = row.observation
                 if paths := jpeg.jpeg_paths(obs):
                     try:
                         obs = await self._with_images(obs, paths, decoded_bytes)
                     except RequestError as error:
-                        raise of_row(error, index, len(request.rows)) from error
+                        raise of_row(error, index, count) from error
                     decoded_bytes += jpeg.image_bytes(obs, paths)
-                routes.append(self._route(obs, seed=row.seed))
+                routes.append((self._route(obs, seed=row.seed, origin=origin), origin))
             if request.batched:
-                reply = _stacked(await run_together_on(self._workers, routes, deadline_s=deadline_s))
+                reply = _stacked(await run_together_on(self._workers, routes))
             else:
-                reply = await run_on(self._workers, routes[0], deadline_s=deadline_s)
+                reply = await run_on(self._workers, *routes[0])
+        return reply, (time.perf_counter() - started_s) * 1e3
+
+    @contextlib.contextmanager
+    def _accepted(self) -> Iterator[None]:
+        """A drain waits for what is in here."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-        return reply, (time.perf_counter() - started_s) * 1e3
+
+    @contextlib.contextmanager
+    def _origin(self, request: InferRequest, index: int, arrived_s: float, sessions: ClientSessions, served: list[Served]) -> Iterator[Origin]:
+        """Whose observation a row of ``request`` is; its session is not forgotten meanwhile."""
+        row = request.rows[index]
+        passing = None
+        if request.batched and row.session_id is None:
+            # Rows without a name are different robots as a rule: none of them may get another one's subtask.
+            passing = self.sessions.client()
+        session = (passing or sessions).observe(row.session_id, begins=row.begins)
+        deadline_ms = self._deadline_ms if row.deadline_ms is None else row.deadline_ms
+        place_in_session = session.next_index()
+        session.in_flight += 1
+        try:
+            yield Origin(
+                session.plan,
+                # A client that sends many robots' observations in one request takes turns with others as one client.
+                flow=(self.slot, sessions) if request.batched else (self.slot, session.key),
+                order=next(self._orders),
+                arrived_s=arrived_s,
+                deadline_s=None if deadline_ms is None else arrived_s + deadline_ms / 1e3,
+                index=_index(row, place_in_session),
+                replan=row.replan,
+                newest_wins=not request.batched,
+                places=0 if index else 1,
+                served=served,
+            )
+        finally:
+            session.in_flight -= 1
+            if passing is not None:
+                passing.close()
 
     async def _with_images(self, obs: Observation, paths: Sequence[jpeg.Path], taken_bytes: int) -> Observation:
         """``obs`` with its JPEG images decoded, on a thread of their own."""
@@ -131,6 +194,12 @@ class Endpoint:
         self.close()
         await self._idle.wait()
         self._decoders.shutdown(wait=False)
+
+
+def _index(row: Row, place_in_session: int) -> int:
+    """The observation's number as its client counts, else as the server does."""
+    own = row.echo.get("obs_index")
+    return own if isinstance(own, int) and not isinstance(own, bool) else place_in_session
 
 
 def _stacked(replies: Sequence[Reply]) -> Reply:

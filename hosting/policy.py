@@ -29,6 +29,7 @@ from pi0.errors import (
     PolicyError,
     PromptTooLongError,
     RequestError,
+    SupersededError,
     TandemError,
     UnauthorizedError,
     UnavailableError,
@@ -51,12 +52,15 @@ __all__ = [
     "PlannerPolicy",
     "Policy",
     "PolicyError",
+    "PromptPreview",
     "PromptTooLongError",
     "Reply",
     "RequestError",
+    "SupersededError",
     "TandemError",
     "UnauthorizedError",
     "UnavailableError",
+    "Warmable",
 ]
 
 Observation = Mapping[str, Any]
@@ -92,7 +96,10 @@ class BatchPolicy(Policy, Protocol):
 
 @runtime_checkable
 class PlannerPolicy(Protocol):
-    """The planner slot's policy. Its prompt settings can be edited live, so they come with the request."""
+    """The planner slot's policy. Its prompt settings can be edited live, so they come with the request.
+
+    What it answers depends on the prompt, the camera images and these settings alone; equal questions in flight are asked once.
+    """
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
@@ -110,4 +117,26 @@ class BatchPlannerPolicy(PlannerPolicy, Protocol):
         self, observations: Sequence[Observation], /, *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None
     ) -> list[Reply]:
         """What :meth:`infer` gives for each."""
+        ...
+
+
+@runtime_checkable
+class PromptPreview(Protocol):
+    """A policy that can tell what becomes of a prompt, for whoever edits templates. Unlike the rest, it may be called on any thread."""
+
+    def preview_prompt(self, prompt: str) -> dict[str, Any]:
+        """A finished prompt (no placeholders) → ``{"text": str, "token_ids": list[int], "tokens": int, "max_tokens": int, "not_fitting": str}``.
+
+        ``text`` is what is tokenized, with what the model's format adds; ``not_fitting`` the end of the prompt that has no room, empty where all of
+        it fits.
+        """
+        ...
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """A policy that has something to compile before it serves."""
+
+    def warmup(self, *, max_batch: int = 1) -> None:
+        """After it no call with up to ``max_batch`` observations compiles anything."""
         ...

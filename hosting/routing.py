@@ -1,59 +1,37 @@
 """Which slots one request visits, written once for the event loop and for in-process use.
 
 A route is a generator: it yields the calls it needs, one slot at a time, and returns the reply. :func:`run` drives it by calling
-straight through; :func:`run_on` drives it through the slots' workers; :func:`run_together_on` drives several side by side and serves
-in one model call what can be. None of them knows what the route decides.
+straight through; :func:`run_on` drives it through the slots' workers; :func:`run_together_on` drives the rows of a batched request side by
+side. None of them knows what the route decides.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
+import numpy as np
+
+from hosting.calls import Background, Origin, Question, Slot, SlotCall, Steps, Together
 from hosting.policy import BatchPlannerPolicy, BatchPolicy, ModeError, Observation, ObservationError, PlannerPolicy, Policy, Reply, RequestError
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings
+from pi0.cameras import camera_images
 
 _LONGEST_SHOWN = 60
 
-Slot = Literal["planner", "action"]
+E = TypeVar("E", bound=BaseException)
+
 RequestMode = Literal["default", "subtask_only", "action_only"]
 
 
-@dataclass(frozen=True)
-class Together:
-    """How a call is served in one model call with others.
-
-    Attributes:
-        key: calls whose keys are equal can be served together.
-        row: this call's share of the arguments.
-        serve: rows → one reply each.
-    """
-
-    key: Hashable
-    row: Any
-    serve: Callable[[Sequence[Any]], Sequence[Reply]]
-
-
-@dataclass(frozen=True)
-class SlotCall:
-    """A call that a route wants made on ``slot``'s thread: by itself, or ``together`` with others like it."""
-
-    slot: Slot
-    call: Callable[[], Reply]
-    together: Together | None = None
-
-
-Steps = Generator[SlotCall, Reply, Reply]
-
-
 class Route(Protocol):
-    """What serves one observation. ``seed`` is of the action noise."""
+    """What serves one observation. ``seed`` is of the action noise; without ``origin`` nothing is remembered from one observation to the next."""
 
-    def __call__(self, obs: Observation, /, *, seed: int | None = None) -> Steps: ...
+    def __call__(self, obs: Observation, /, *, seed: int | None = None, origin: Origin | None = None) -> Steps: ...
 
 
 def run(steps: Steps) -> Reply:
@@ -61,6 +39,9 @@ def run(steps: Steps) -> Reply:
     try:
         step = next(steps)
         while True:
+            if isinstance(step, Background):
+                step = steps.send(_beside(step))
+                continue
             try:
                 reply = step.call()
             except Exception as error:  # noqa: BLE001 - the route decides what a slot's failure means
@@ -72,13 +53,28 @@ def run(steps: Steps) -> Reply:
         return result
 
 
-async def run_on(workers: Mapping[Slot, SlotWorker], steps: Steps, *, deadline_s: float | None = None) -> Reply:
-    """Drive a route, each call on its slot's worker; none is begun after ``deadline_s`` (:func:`time.perf_counter`)."""
+def _beside(background: Background) -> Reply:
+    """On one thread, beside means before."""
+    background.begun()
+    try:
+        outcome: Reply | BaseException = background.call.call()
+    except Exception as error:  # noqa: BLE001 - as above
+        outcome = error
+    background.done(outcome)
+    return {}
+
+
+async def run_on(workers: Mapping[Slot, SlotWorker], steps: Steps, origin: Origin) -> Reply:
+    """Drive a route, each call on its slot's worker, in the turn of ``origin``."""
     try:
         step = next(steps)
         while True:
+            if isinstance(step, Background):
+                workers[step.call.slot].serve_beside(step, origin)
+                step = steps.send({})
+                continue
             try:
-                reply = await workers[step.slot].run(step.call, deadline_s=deadline_s)
+                reply = await workers[step.slot].serve(step, origin)
             except Exception as error:  # noqa: BLE001 - the route decides what a slot's failure means
                 step = steps.throw(error)
             else:
@@ -88,69 +84,31 @@ async def run_on(workers: Mapping[Slot, SlotWorker], steps: Steps, *, deadline_s
         return result
 
 
-async def run_together_on(workers: Mapping[Slot, SlotWorker], routes: Sequence[Steps], *, deadline_s: float | None = None) -> list[Reply]:
-    """Drive several routes side by side: one turn of a slot's worker for all that ask for it next.
+async def run_together_on(workers: Mapping[Slot, SlotWorker], routes: Sequence[tuple[Steps, Origin]]) -> list[Reply]:
+    """Drive the rows of one request side by side. When one fails, the others are given up.
 
     Raises:
-        RequestError: a route failed with one; the message says which where there are several.
-        Exception: whatever else a route raises.
+        RequestError: a row failed with one; the message says which where there are several.
+        Exception: whatever else a row raises.
     """
-    replies: dict[int, Reply] = {}
-    waiting: dict[int, SlotCall] = {}
-
-    def advance(row: int, go: Callable[[], SlotCall]) -> None:
-        try:
-            waiting[row] = go()
-        except StopIteration as stop:
-            replies[row] = stop.value
-        except RequestError as error:
-            raise of_row(error, row, len(routes)) from error
-
-    for row, steps in enumerate(routes):
-        advance(row, partial(next, steps))
-    while waiting:
-        slot = next(iter(waiting.values())).slot
-        rows = [row for row, call in waiting.items() if call.slot == slot]
-        outcomes = await workers[slot].run(partial(_serve, [waiting.pop(row) for row in rows]), deadline_s=deadline_s)
-        for row, outcome in zip(rows, outcomes, strict=True):
-            steps = routes[row]
-            advance(row, partial(steps.throw, outcome) if isinstance(outcome, Exception) else partial(steps.send, outcome))
-    return [replies[row] for row in range(len(routes))]
+    rows = [asyncio.ensure_future(run_on(workers, steps, origin)) for steps, origin in routes]
+    try:
+        await asyncio.wait(rows, return_when=asyncio.FIRST_EXCEPTION)
+        for index, row in enumerate(rows):
+            if row.done() and (error := row.exception()) is not None:
+                raise of_row(error, index, len(rows))
+        return [row.result() for row in rows]
+    finally:
+        for row in rows:
+            row.cancel()
+        await asyncio.gather(*rows, return_exceptions=True)
 
 
-def _serve(calls: Sequence[SlotCall]) -> list[Reply | Exception]:
-    """The calls' outcomes, those that can be served together in one model call."""
-    outcomes: list[Reply | Exception] = [{}] * len(calls)
-    groups: dict[Hashable, list[int]] = {}
-    for index, call in enumerate(calls):
-        groups.setdefault(index if call.together is None else (call.together.key,), []).append(index)
-    for indices in groups.values():
-        together = calls[indices[0]].together
-        if together is not None and len(indices) > 1:
-            try:
-                replies = together.serve([call.together.row for index in indices if (call := calls[index]).together])
-            except RequestError:
-                # Whose fault it was is found by asking one by one; what was right is computed again only when something was wrong.
-                pass
-            except Exception as error:  # noqa: BLE001 - each route decides what its slot's failure means
-                for index in indices:
-                    outcomes[index] = error
-                continue
-            else:
-                for index, reply in zip(indices, replies, strict=True):
-                    outcomes[index] = reply
-                continue
-        for index in indices:
-            try:
-                outcomes[index] = calls[index].call()
-            except Exception as error:  # noqa: BLE001 - as above
-                outcomes[index] = error
-    return outcomes
-
-
-def of_row(error: RequestError, row: int, count: int) -> RequestError:
-    """``error`` of the observation ``row`` of ``count``, saying which where there are several."""
-    return error if count == 1 else type(error)(f"batch[{row}]: {error}")
+def of_row(error: E, row: int, count: int) -> E:
+    """``error`` of the observation ``row`` of ``count``; a client's own says which where there are several."""
+    if count == 1 or not isinstance(error, RequestError):
+        return error
+    return type(error)(f"batch[{row}]: {error}")
 
 
 def request_mode(obs: Observation, loaded: frozenset[RequestMode]) -> RequestMode:
@@ -220,13 +178,23 @@ class PlannerCalls:
         self._planner = planner
         self._batches = planner if isinstance(planner, BatchPlannerPolicy) else None
 
-    def __call__(self, obs: Observation, **overrides: Any) -> SlotCall:
+    def __call__(self, obs: Observation, *, timeout_s: float | None = None, **overrides: Any) -> SlotCall:
         """The planner on one observation; ``overrides`` are its prompt settings."""
-        call = partial(self._planner.infer, obs, **overrides)
-        if self._batches is None:
-            return SlotCall("planner", call)
         key = (id(self._planner), *sorted(overrides.items()))
-        return SlotCall("planner", call, Together(key, obs, partial(self._batches.infer_batch, **overrides)))
+        together = Together(key, obs, partial(self._batches.infer_batch, **overrides)) if self._batches is not None else None
+        return SlotCall("planner", partial(self._planner.infer, obs, **overrides), together, _question(key, obs), timeout_s)
+
+
+def _question(key: Hashable, obs: Observation) -> Question | None:
+    """What a planner is asked: the prompt and the images are all that its answer depends on."""
+    prompt = obs.get("prompt")
+    try:
+        images = camera_images(obs)
+    except RequestError:
+        return None  # the planner says what is wrong with it
+    if not isinstance(prompt, str) or not images or not all(isinstance(image, np.ndarray) for image in images.values()):
+        return None
+    return Question((key, prompt), images)
 
 
 def action_route(policy: Policy) -> Route:
@@ -234,7 +202,7 @@ def action_route(policy: Policy) -> Route:
     served: frozenset[RequestMode] = frozenset({"default", "action_only"})
     call = ActionCalls(policy)
 
-    def steps(obs: Observation, /, *, seed: int | None = None) -> Steps:
+    def steps(obs: Observation, /, *, seed: int | None = None, origin: Origin | None = None) -> Steps:
         request_mode(obs, served)
         return (yield call(without_mode(obs), seed=seed))
 
@@ -246,7 +214,7 @@ def planner_route(planner: PlannerPolicy, live: LiveSettings) -> Route:
     served: frozenset[RequestMode] = frozenset({"default", "subtask_only"})
     call = PlannerCalls(planner)
 
-    def steps(obs: Observation, /, *, seed: int | None = None) -> Steps:
+    def steps(obs: Observation, /, *, seed: int | None = None, origin: Origin | None = None) -> Steps:
         request_mode(obs, served)
         settings = live.current
         return (

@@ -13,21 +13,27 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 from hosting import __version__
 from hosting.admin import create_admin_app
+from hosting.cadence import Cadence
+from hosting.calls import Slot
 from hosting.certificates import Certificate, load_certificate, local_certificate
 from hosting.combined import CombinedPolicy
-from hosting.config import ServiceConfig, pytorch_compile_mode
+from hosting.config import ActionConfig, PlannerConfig, ServiceConfig, pytorch_compile_mode
 from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
 from hosting.listeners import HTTPListener, Listener, address_url
-from hosting.policy import PlannerPolicy, Policy
+from hosting.metrics import Metrics
+from hosting.policy import PlannerPolicy, Policy, PromptPreview, Warmable
 from hosting.protocol.connection import Connection
 from hosting.protocol.profiles import Profile
-from hosting.routing import Route, Slot, action_route, planner_route
-from hosting.scheduler import SlotWorker
+from hosting.request_queue import RequestQueue
+from hosting.routing import Route, action_route, planner_route
+from hosting.scheduler import SlotWorker, Watch
+from hosting.sessions import SessionStore
+from hosting.settings_file import SettingsFile
 from hosting.templates import LiveSettings, PromptSettings
 from hosting.transports.quic import QuicTransport
 from hosting.transports.unix_socket import UnixSocketTransport
@@ -39,13 +45,6 @@ T = TypeVar("T")
 
 _TYPED = Profile("openpi", errors="map")
 """How clients of the Unix sockets and QUIC are answered."""
-
-
-@runtime_checkable
-class Warmable(Protocol):
-    """A policy that has something to compile before it serves."""
-
-    def warmup(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,31 @@ class Service:
         self.ready = asyncio.Event()
         self.addresses: dict[str, str] = {}
         """Endpoint → URL, once bound: ``action``, ``action quic``, ``action unix``, the same of ``planner``, ``admin``."""
-        self._workers: dict[Slot, SlotWorker] = {slot: SlotWorker(slot) for slot in config.slots}
-        self._endpoints = {slot: Endpoint(slot, self._workers, max_image_bytes=config.max_message_bytes) for slot in config.slots}
+        self._live = LiveSettings(_prompt_settings(config), file=_settings_file(config))
+        self._sessions = SessionStore(ttl_s=config.sessions.ttl_s, max_sessions=config.sessions.max_sessions)
+        self._metrics = Metrics(
+            config.slots,
+            queue_depth=lambda slot: self._workers[slot].depth,
+            sessions=lambda: len(self._sessions),
+            template_revision=lambda: self._live.current.revision,
+            ready=lambda slot: self._slot_state(slot) == "ready",
+        )
+        self._workers: dict[Slot, SlotWorker] = {slot: self._worker(slot) for slot in config.slots}
+        self._endpoints = {
+            slot: Endpoint(
+                slot,
+                self._workers,
+                sessions=self._sessions,
+                deadline_ms=_slot_config(config, slot).scheduler.deadline_ms,
+                max_image_bytes=config.max_message_bytes,
+                observer=self._metrics,
+            )
+            for slot in config.slots
+        }
+        self._policies: dict[Slot, Any] = {}
+        self._warming: set[Slot] = set()
         self._listeners: dict[str, Listener] = {}
         self._certificate: Certificate | None = None
-        self._live = LiveSettings(_prompt_settings(config))
 
     async def serve(self) -> int:
         """Serve until told to stop; returns the exit code: 0, or 1 when accepted requests did not finish in ``drain_s`` or an endpoint broke down.
@@ -91,6 +110,7 @@ class Service:
         with contextlib.ExitStack() as stack:
             if self._handle_signals:
                 stack.enter_context(self._signals())
+            stack.enter_context(self._sweeping())
             try:
                 self._bind()
                 for listener in self._listeners.values():
@@ -143,14 +163,53 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """What is served, where, and whether it is ready; for people and probes."""
-        slots = {slot: "ready" if endpoint.ready else "draining" if endpoint.draining else "loading" for slot, endpoint in self._endpoints.items()}
+        slots = {slot: self._slot_state(slot) for slot in self.config.slots}
         return {
-            "ready": self.ready.is_set() and not self._stop.is_set(),
+            "ready": self.ready.is_set() and not self._stop.is_set() and all(state == "ready" for state in slots.values()),
             "mode": self.config.mode,
             "slots": slots,
             "addresses": dict(self.addresses),
             "quic_certificate_sha256": self._certificate and self._certificate.sha256,
         }
+
+    def _slot_state(self, slot: Slot) -> str:
+        endpoint = self._endpoints[slot]
+        if endpoint.draining:
+            return "draining"
+        if endpoint.ready:
+            return "stuck" if self._workers[slot].stuck else "ready"
+        return "warming" if slot in self._warming else "loading"
+
+    def _slot_details(self) -> dict[str, Any]:
+        """What each slot does right now."""
+        details: dict[str, Any] = {}
+        for slot, worker in self._workers.items():
+            scheduler = _slot_config(self.config, slot).scheduler
+            details[slot] = {
+                "state": self._slot_state(slot),
+                "queued": worker.depth,
+                "running": worker.running,
+                "running_s": round(worker.running_s, 3),
+                **scheduler.model_dump(),
+                "metadata": dict(self._endpoints[slot].metadata),
+            }
+        return details
+
+    def _previews(self) -> dict[Slot, PromptPreview]:
+        return {slot: policy for slot, policy in self._policies.items() if isinstance(policy, PromptPreview)}
+
+    def _worker(self, slot: Slot) -> SlotWorker:
+        scheduler, watchdog = _slot_config(self.config, slot).scheduler, self.config.watchdog
+        queue = RequestQueue(max_queue=scheduler.max_queue, max_batch=scheduler.max_batch, max_wait_s=scheduler.max_wait_ms / 1e3)
+        watch = Watch(watchdog.stuck_after_s, watchdog.fatal_after_s, self._given_up)
+        return SlotWorker(slot, queue, watch=watch, observer=self._metrics)
+
+    def _given_up(self, slot: Slot) -> None:
+        """A model call does not come back, and no thread can be ended: the process has to."""
+        if not self._stop.is_set():
+            logger.critical("the %s is stuck; stopping", slot)
+        self._exit_code = 1
+        self._stop.set()
 
     def _bind(self) -> None:
         """Take every address before anything is loaded, so that early clients wait instead of being refused."""
@@ -179,8 +238,19 @@ class Service:
                 path = Path(transport.unix_socket_path).absolute()
                 self._listen(f"{slot} unix", self._unix(slot, path))
                 self.addresses[f"{slot} unix"] = f"unix://{path}"
-        if config.planner:
-            app = create_admin_app(self._live, mode=config.mode, slots=config.slots, status=self.status, version=__version__)
+        if config.admin.port is not None:
+            app = create_admin_app(
+                self._live if config.planner else None,
+                mode=config.mode,
+                slots=config.slots,
+                status=self.status,
+                version=__version__,
+                api_key=config.admin.api_key,
+                metrics=self._metrics.render,
+                slot_details=self._slot_details,
+                sessions=self._sessions.snapshot,
+                previews=self._previews,
+            )
             admin = HTTPListener("admin.port", config.admin.host, config.admin.port, app, config)
             self._listen("admin", admin)
             self.addresses["admin"] = admin.url
@@ -189,11 +259,11 @@ class Service:
         self._listeners[name] = listener
         listener.bind()
 
-    def _converse(self, slot: Slot, api_key: str | None) -> Conversation:
-        return Conversation(self._endpoints[slot], Connection(_TYPED, api_key=api_key))
+    def _converse(self, slot: Slot, transport: Literal["quic", "unix"], api_key: str | None) -> Conversation:
+        return Conversation(self._endpoints[slot], Connection(_TYPED, api_key=api_key), transport=transport)
 
     def _unix(self, slot: Slot, path: Path) -> UnixSocketTransport:
-        converse = partial(self._converse, slot, None)
+        converse = partial(self._converse, slot, "unix", None)
         return UnixSocketTransport(path, converse, max_message_bytes=self.config.max_message_bytes, mode=int(self.config.unix_socket_mode, 8))
 
     def _quic(self, slot: Slot, field: str, port: int) -> QuicTransport:
@@ -204,7 +274,7 @@ class Service:
         transport = QuicTransport(
             config.host,
             port,
-            partial(self._converse, slot, config.api_key),
+            partial(self._converse, slot, "quic", config.api_key),
             certificate=self._certificate,
             max_message_bytes=config.max_message_bytes,
             loop=asyncio.get_running_loop(),
@@ -215,16 +285,22 @@ class Service:
 
     async def _load(self) -> None:
         """Load and warm up the slots side by side, then open their endpoints together."""
-        loading: list[Awaitable[Any]] = []
-        if self.config.action:
-            loading.append(self._workers["action"].run(partial(_load_slot, "action", self._loaders.action, self.config)))
-        if self.config.planner:
-            loading.append(self._workers["planner"].run(partial(_load_slot, "planner", self._loaders.planner, self.config)))
-        loaded = dict(zip(self.config.slots, await asyncio.gather(*loading), strict=True))
-        action: Policy | None = loaded.get("action")
-        planner: PlannerPolicy | None = loaded.get("planner")
+        load: dict[Slot, Callable[[ServiceConfig], Any]] = {"action": self._loaders.action, "planner": self._loaders.planner}
+        loading = [self._workers[slot].run(partial(self._load_slot, slot, load[slot])) for slot in self.config.slots]
+        self._policies = dict(zip(self.config.slots, await asyncio.gather(*loading), strict=True))
+        action: Policy | None = self._policies.get("action")
+        planner: PlannerPolicy | None = self._policies.get("planner")
         if action is not None and planner is not None and self.config.planner is not None:
-            combined = CombinedPolicy(planner, action, live=self._live, on_failure=self.config.planner.on_failure)
+            slot = self.config.planner
+            combined = CombinedPolicy(
+                planner,
+                action,
+                live=self._live,
+                on_failure=slot.on_failure,
+                cadence=Cadence(slot.refresh, slot.interval_s, slot.max_age_s, slot.on_task_change),
+                timeout_s=slot.timeout_s,
+                observer=self._metrics,
+            )
             self._open("action", combined.steps, combined.metadata)
             # A planner client sends the same cameras; it resizes them by the same list.
             shared = {key: value for key, value in action.metadata.items() if key == "image_specs"}
@@ -233,6 +309,20 @@ class Service:
             self._open("action", action_route(action), action.metadata)
         elif planner is not None:
             self._open("planner", planner_route(planner, self._live), planner.metadata)
+
+    def _load_slot(self, slot: Slot, load: Callable[[ServiceConfig], T]) -> T:
+        """On the slot's thread."""
+        logger.info("%s: loading", slot)
+        started_s = time.perf_counter()
+        policy = load(self.config)
+        loaded_s = time.perf_counter()
+        logger.info("%s: loaded in %.1f s", slot, loaded_s - started_s)
+        if isinstance(policy, Warmable):
+            logger.info("%s: warming up (compiling)", slot)
+            self._warming.add(slot)
+            policy.warmup(max_batch=_slot_config(self.config, slot).scheduler.max_batch)
+            logger.info("%s: warmed up in %.1f s", slot, time.perf_counter() - loaded_s)
+        return policy
 
     def _open(self, slot: Slot, route: Route, metadata: Mapping[str, Any]) -> None:
         """Let the clients of ``slot`` in, and tell them what the policy and the configuration say."""
@@ -270,6 +360,25 @@ class Service:
                 _exit_now(1)
         logger.info("stopped")
         return 1 if unfinished else 0
+
+    @contextlib.contextmanager
+    def _sweeping(self) -> Iterator[None]:
+        """Forget sessions whose time is over, also while nobody asks."""
+        loop = asyncio.get_running_loop()
+        every_s = min(self.config.sessions.ttl_s / 4, 60.0)
+        timer: asyncio.TimerHandle
+
+        def sweep() -> None:
+            nonlocal timer
+            if swept := self._sessions.sweep():
+                logger.info("sessions: forgot %d that were not used for %g s", swept, self.config.sessions.ttl_s)
+            timer = loop.call_later(every_s, sweep)
+
+        timer = loop.call_later(every_s, sweep)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -337,17 +446,14 @@ def _local(checkpoint_dir: str) -> Path:
         return resolve(checkpoint_dir, data_home=default_data_home(), progress=progress)
 
 
-def _load_slot(slot: Slot, load: Callable[[ServiceConfig], T], config: ServiceConfig) -> T:
-    logger.info("%s: loading", slot)
-    started_s = time.perf_counter()
-    policy = load(config)
-    loaded_s = time.perf_counter()
-    logger.info("%s: loaded in %.1f s", slot, loaded_s - started_s)
-    if isinstance(policy, Warmable):
-        logger.info("%s: warming up (compiling)", slot)
-        policy.warmup()
-        logger.info("%s: warmed up in %.1f s", slot, time.perf_counter() - loaded_s)
-    return policy
+def _slot_config(config: ServiceConfig, slot: Slot) -> ActionConfig | PlannerConfig:
+    chosen = config.action if slot == "action" else config.planner
+    assert chosen is not None, slot
+    return chosen
+
+
+def _settings_file(config: ServiceConfig) -> SettingsFile | None:
+    return SettingsFile(Path(config.admin.settings_file)) if config.planner and config.admin.settings_file else None
 
 
 def _prompt_settings(config: ServiceConfig) -> PromptSettings:

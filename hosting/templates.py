@@ -8,15 +8,22 @@ that no request can fail on it and no value that a client sends is ever interpre
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import re
 import threading
-from collections.abc import Set
+import time
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Final
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
 
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, TandemError
 from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS, MAX_GENERATION_TOKENS
+
+if TYPE_CHECKING:
+    from hosting.settings_file import SettingsFile
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +31,9 @@ MAX_TEMPLATE_CHARS: Final = 2_000
 """Longest template, in characters: far beyond what fits in a model's 200 prompt tokens, far below what could hurt."""
 
 DEFAULT_ACTION_PROMPT_TEMPLATE: Final = "{task}. Subtask: {subtask}"
+
+HISTORY: Final = 100
+"""Revisions that are remembered, the one in force among them."""
 
 LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 """JSON can spell half a character; no tokenizer, terminal or reply can carry it."""
@@ -141,12 +151,13 @@ class PromptSettings:
     action_prompt_template: str = DEFAULT_ACTION_PROMPT_TEMPLATE
     max_generation_tokens: int = DEFAULT_MAX_GENERATION_TOKENS
     revision: int = 1
+    _generation_prompt: Template = field(init=False, repr=False, compare=False)
     _action_prompt: Template = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         problems: list[str] = []
         try:
-            parse_generation_prompt_format(self.generation_prompt_format)
+            object.__setattr__(self, "_generation_prompt", parse_generation_prompt_format(self.generation_prompt_format))
         except ConfigError as error:
             problems.append(f"generation_prompt_format: {error}")
         try:
@@ -158,25 +169,94 @@ class PromptSettings:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """What may be edited, by name."""
+        return {name: getattr(self, name) for name in EDITABLE}
+
+    @property
+    def etag(self) -> str:
+        """A strong HTTP entity tag, quotes included: the revision and a hash of the values, since revisions are counted anew after a restart."""
+        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+        return f'"{self.revision}-{digest[:8]}"'
+
+    def generation_prompt(self, *, task: str) -> str:
+        """The planner's prompt for ``task``, which is inserted as it is: the planner cleans tasks first (:func:`pi0.tokenizer.clean_task`)."""
+        return self._generation_prompt.render(task=task)
+
     def action_prompt(self, *, task: str, subtask: str) -> str:
         """The prompt the action policy gets for ``task`` and the planner's ``subtask``."""
         return self._action_prompt.render(task=task, subtask=subtask)
 
 
-class LiveSettings:
-    """The prompt settings in force. Readers take :attr:`current` once per request, so no reply can mix two revisions.
+EDITABLE: Final = ("generation_prompt_format", "action_prompt_template", "max_generation_tokens")
+"""The names of :class:`PromptSettings` that may be edited."""
 
-    Safe to use from any thread.
+
+@dataclass(frozen=True)
+class Revision:
+    """One entry of the history.
+
+    Attributes:
+        settings: the values, with their revision.
+        changed_at: when they came into force, ISO 8601 in UTC.
+        source: ``start``, ``update`` or ``rollback to N``.
     """
 
-    def __init__(self, settings: PromptSettings) -> None:
-        self._current = settings
+    settings: PromptSettings
+    changed_at: str
+    source: str
+
+
+class StaleSettingsError(TandemError):
+    """An edit was meant for settings that are no longer in force; nothing has changed.
+
+    Attributes:
+        current: the settings in force.
+    """
+
+    def __init__(self, message: str, current: PromptSettings) -> None:
+        super().__init__(message)
+        self.current = current
+
+
+class UnknownRevisionError(TandemError):
+    """A revision is not, or no longer, in the history."""
+
+
+class LiveSettings:
+    """The prompt settings in force and their history. Readers take :attr:`current` once per request, so no reply can mix two revisions.
+
+    Safe to use from any thread; reading never waits for a change, which with a ``file`` takes as long as the disk.
+
+    Args:
+        settings: the configuration's values.
+        file: where changes are kept across restarts; what it holds wins over ``settings``. None: nowhere.
+        clock: seconds since the epoch.
+
+    Raises:
+        ConfigError: ``file`` cannot be used.
+    """
+
+    def __init__(self, settings: PromptSettings, *, file: SettingsFile | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._file = file
+        self._clock = clock
         self._updating = threading.Lock()
+        kept = file.load() if file is not None else ()
+        # One tuple holds both what is in force and how it came to be, so that a change is one assignment.
+        self._revisions: tuple[Revision, ...] = kept or (Revision(settings, self._now(), "start"),)
+        if file is not None and kept:
+            _log_kept(kept[-1], settings, str(file.path))
 
     @property
     def current(self) -> PromptSettings:
         """The settings in force now, as one immutable value."""
-        return self._current
+        return self._revisions[-1].settings
+
+    @property
+    def history(self) -> tuple[Revision, ...]:
+        """The last ``HISTORY`` revisions, the oldest first, the one in force last."""
+        return self._revisions
 
     def update(
         self,
@@ -184,25 +264,73 @@ class LiveSettings:
         generation_prompt_format: str | None = None,
         action_prompt_template: str | None = None,
         max_generation_tokens: int | None = None,
+        expected: Set[str] | None = None,
     ) -> PromptSettings:
         """Change the values given (None leaves one as it is), all or none, and return the settings now in force.
 
         The revision grows only when a value differs. Every change is logged with the old and the new value.
 
+        Args:
+            expected: entity tags (:attr:`PromptSettings.etag`), one of which the settings in force must have; None: whatever is in force.
+
         Raises:
             ConfigError: a value is wrong; one ``field: problem`` line for each, and nothing has changed.
+            StaleSettingsError: none of ``expected`` is in force.
+            SettingsFileError: the change cannot be kept, and has not been made.
         """
-        wanted: dict[str, str | int | None] = {
+        wanted = {
             "generation_prompt_format": generation_prompt_format,
             "action_prompt_template": action_prompt_template,
             "max_generation_tokens": max_generation_tokens,
         }
         with self._updating:
-            old = self._current
-            changes = {name: value for name, value in wanted.items() if value is not None and value != getattr(old, name)}
-            if not changes:
-                return old
-            self._current = new = dataclasses.replace(old, **changes, revision=old.revision + 1)  # type: ignore[arg-type]
-            for name, value in changes.items():
-                logger.info("prompt settings revision %d: %s changed from %r to %r", new.revision, name, getattr(old, name), value)
+            self._check(expected)
+            return self._change({name: value for name, value in wanted.items() if value is not None}, "update")
+
+    def rollback(self, revision: int, *, expected: Set[str] | None = None) -> PromptSettings:
+        """Make the values of an earlier ``revision`` the newest one, and return the settings now in force; otherwise as :meth:`update`.
+
+        Raises:
+            UnknownRevisionError: the history does not have it; says which it has.
+            StaleSettingsError, SettingsFileError: as :meth:`update`.
+        """
+        with self._updating:
+            self._check(expected)
+            for entry in self._revisions:
+                if entry.settings.revision == revision:
+                    return self._change(entry.settings.values, f"rollback to {revision}")
+            known = ", ".join(str(entry.settings.revision) for entry in self._revisions)
+            raise UnknownRevisionError(f"revision: {revision} is not in the history, which has the last {HISTORY}; take one of {known}")
+
+    def _check(self, expected: Set[str] | None) -> None:
+        current = self.current
+        if expected is not None and current.etag not in expected:
+            raise StaleSettingsError(
+                f"revision {current.revision} with the ETag {current.etag} is in force; read it again, then repeat the change",
+                current,
+            )
+
+    def _change(self, values: Mapping[str, str | int], source: str) -> PromptSettings:
+        old = self.current
+        changes = {name: value for name, value in values.items() if value != getattr(old, name)}
+        if not changes:
+            return old
+        new = dataclasses.replace(old, **changes, revision=old.revision + 1)  # type: ignore[arg-type]
+        revisions = (*self._revisions, Revision(new, self._now(), source))[-HISTORY:]
+        if self._file is not None:
+            self._file.save(revisions)
+        self._revisions = revisions
+        how = "" if source == "update" else f", {source}"
+        for name, value in changes.items():
+            logger.info("prompt settings revision %d%s: %s changed from %r to %r", new.revision, how, name, getattr(old, name), value)
         return new
+
+    def _now(self) -> str:
+        return datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _log_kept(kept: Revision, configured: PromptSettings, path: str) -> None:
+    logger.info("prompt settings revision %d of %s, kept in %s", kept.settings.revision, kept.changed_at, path)
+    for name, value in kept.settings.values.items():
+        if value != (other := getattr(configured, name)):
+            logger.info("%s: %r from %s wins over %r from the configuration; delete that file to have the configuration's", name, value, path, other)

@@ -19,7 +19,10 @@ It lives here because ``pi0`` is the one package every other may import.
     └── UnavailableError        nothing is wrong with the request, but it cannot be served now
         ├── OverloadedError     the slot's queue is full
         ├── DeadlineError       its deadline passed before its turn came
+        ├── SupersededError     a newer observation of the same session took its place
         └── DrainingError       the server is shutting down
+
+``hosting`` adds three that only its admin API meets: StaleSettingsError, UnknownRevisionError and SettingsFileError, all TandemErrors.
 
 Messages name the key, what came and what was expected, and, where it is not obvious, what to do.
 """
@@ -83,6 +86,10 @@ class OverloadedError(UnavailableError):
 
 class DeadlineError(UnavailableError):
     """The request's deadline passed before its turn came; nothing was computed."""
+
+
+class SupersededError(UnavailableError):
+    """A newer observation of the same session came before the request's turn; nothing was computed."""
 
 
 class DrainingError(UnavailableError):

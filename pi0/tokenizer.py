@@ -87,14 +87,7 @@ class PromptTokenizer:
         Raises:
             PromptTooLongError: it needs more than ``max_len`` tokens and ``on_long_prompt`` is ``"error"``.
         """
-        text = prompt.strip().replace("_", " ").replace("\n", " ")
-        if state is None:
-            # The newline is encoded on its own: with the text before it, it could merge into another piece.
-            ids = [BOS_ID, *self._pieces.encode(text), *self._pieces.encode("\n")]
-        else:
-            numbers = " ".join(map(str, discretize_state(state)))
-            ids = [BOS_ID, *self._pieces.encode(f"Task: {text}, State: {numbers};\nAction: ")]
-        return _fit(ids, max_len, on_long_prompt)
+        return _fit(self._encode(_action_texts(prompt, state)), max_len, on_long_prompt)
 
     def planner_prompt(
         self, task: str, prompt_format: str, max_len: int = PLANNER_MAX_TOKENS, *, on_long_prompt: OnLongPrompt = "error"
@@ -104,8 +97,27 @@ class PromptTokenizer:
         Raises:
             PromptTooLongError: it needs more than ``max_len`` tokens and ``on_long_prompt`` is ``"error"``.
         """
-        text = prompt_format.format(task=clean_task(task))
-        return _fit([BOS_ID, *self._pieces.encode(text)], max_len, on_long_prompt)
+        return _fit(self._encode([prompt_format.format(task=clean_task(task))]), max_len, on_long_prompt)
+
+    def preview_action_prompt(self, prompt: str, max_len: int, *, state: NDArray[np.floating[Any]] | None = None) -> dict[str, Any]:
+        """What :meth:`action_prompt` makes of ``prompt``, for people.
+
+        Returns:
+            ``text``, what is tokenized; ``token_ids``, all of them, with the beginning of text; ``tokens``, their number; ``max_tokens``, how
+            many fit; ``not_fitting``, the text of those that do not.
+        """
+        return self._preview(_action_texts(prompt, state), max_len)
+
+    def preview_planner_prompt(self, prompt: str, max_len: int = PLANNER_MAX_TOKENS) -> dict[str, Any]:
+        """As :meth:`preview_action_prompt`, for a planner prompt in which the task already is."""
+        return self._preview([prompt], max_len)
+
+    def _encode(self, texts: Sequence[str]) -> list[int]:
+        return [BOS_ID, *(token for text in texts for token in self._pieces.encode(text))]
+
+    def _preview(self, texts: Sequence[str], max_len: int) -> dict[str, Any]:
+        ids = self._encode(texts)
+        return {"text": "".join(texts), "token_ids": ids, "tokens": len(ids), "max_tokens": max_len, "not_fitting": self.decode(ids[max_len:])}
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """The text of ``ids``, pad and eos left out."""
@@ -132,6 +144,16 @@ class PromptTokenizer:
     def _is_special(self, token: int) -> bool:
         pieces = self._pieces
         return bool(pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_byte(token) or pieces.is_unused(token))
+
+
+def _action_texts(prompt: str, state: NDArray[np.floating[Any]] | None) -> list[str]:
+    """An action policy's prompt, in the parts that are encoded each on its own."""
+    text = prompt.strip().replace("_", " ").replace("\n", " ")
+    if state is None:
+        # With the text before it, the newline could merge into another piece.
+        return [text, "\n"]
+    numbers = " ".join(map(str, discretize_state(state)))
+    return [f"Task: {text}, State: {numbers};\nAction: "]
 
 
 def discretize_state(state: NDArray[np.floating[Any]]) -> list[int]:

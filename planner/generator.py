@@ -74,6 +74,7 @@ class SubtaskGenerator:
         on_long_prompt: OnLongPrompt,
     ) -> None:
         self._decoder = decoder
+        self._max_rows = MAX_BATCH
         self._tokenizer = tokenizer
         self._max_generation_tokens = _checked_max_tokens(max_generation_tokens)
         self._generation_prompt_format = _checked_format(generation_prompt_format)
@@ -131,14 +132,28 @@ class SubtaskGenerator:
         """What a client is told on connecting: nothing, as with openpi-flash's planner."""
         return {}
 
-    def warmup(self, max_batch: int = 1) -> None:
-        """Compiles every program that batches of up to ``max_batch`` (at most 8) can need, so that none is compiled in service."""
+    def warmup(self, *, max_batch: int = 1) -> None:
+        """Compiles every program that batches of up to ``max_batch`` (at most 8) can need, so that none is compiled in service.
+
+        Larger batches run as several from then on.
+
+        Raises:
+            ValueError: ``max_batch`` is less than 1.
+        """
         cameras = range(1, len(MODEL_CAMERAS) + 1) if self._missing_cameras == "mask" else [len(MODEL_CAMERAS)]
-        batches = [2**power for power in range(_program_batch(max_batch).bit_length())]
-        self._decoder.compile(itertools.product(batches, cameras, PROMPT_BUCKETS))
+        largest = _program_batch(min(max_batch, MAX_BATCH))
+        self._decoder.compile(itertools.product([2**power for power in range(largest.bit_length())], cameras, PROMPT_BUCKETS))
+        self._max_rows = largest
         # A first run pays for what compiling does not: memory pools, kernels that are loaded on first use.
         blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         self.generate("warm up", dict.fromkeys(MODEL_CAMERAS, blank))
+
+    def preview_prompt(self, prompt: str) -> dict[str, Any]:
+        """What the model reads of a finished prompt: ``{"text": str, "token_ids": list[int], "tokens": int, "max_tokens": int, "not_fitting": str}``.
+
+        The task is already in it: no format is applied. Safe on any thread: the model is not touched.
+        """
+        return self._tokenizer.preview_planner_prompt(prompt)
 
     def generate(
         self, prompt: str, images: Mapping[str, Any], *, generation_prompt_format: str | None = None, max_generation_tokens: int | None = None
@@ -178,8 +193,8 @@ class SubtaskGenerator:
         tokenized = [self._tokenizer.planner_prompt(prompt, prompt_format, on_long_prompt=self._on_long_prompt) for prompt in prompts]
         cameras = [prepare_cameras(row, self._missing_cameras) for row in images]
         rows: list[tuple[tuple[int, ...], float, int]] = []
-        for first in range(0, len(prompts), MAX_BATCH):
-            chunk = slice(first, first + MAX_BATCH)
+        for first in range(0, len(prompts), self._max_rows):
+            chunk = slice(first, first + self._max_rows)
             rows += self._decode(tokenized[chunk], cameras[chunk], max_tokens)
         ms = (time.perf_counter() - started) * 1000
         return [

@@ -6,6 +6,7 @@ like a slow network.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import select
@@ -68,12 +69,12 @@ class Channel:
     def advance(self, now: float) -> None:
         """Take what has arrived, do what is due, send what there is to send."""
         try:
-            for received in self._udp.receive():
-                self._clock_s = max(self._clock_s, received.arrived_s)
-                self.connection.receive(received, self._clock_s)
-                self.heard_s = self._clock_s
+            self._take_arrived()
         except ConnectionRefusedError:
+            # The kernel tells of it before it hands out what had come by then: the server's last words.
             self.refused = True
+            with contextlib.suppress(OSError):
+                self._take_arrived()
         except OSError as error:
             if error.errno != errno.EMSGSIZE:  # a router's word on a path-MTU probe
                 self._rebind(error)
@@ -93,6 +94,12 @@ class Channel:
         # Not before: what was lost counts as under way only when it has been sent again.
         if self.connection.delivered and not self.connection.pacing and not self._cancelled:
             self._stuck_since_s = None
+
+    def _take_arrived(self) -> None:
+        for received in self._udp.receive():
+            self._clock_s = max(self._clock_s, received.arrived_s)
+            self.connection.receive(received, self._clock_s)
+            self.heard_s = self._clock_s
 
     def request(self, type: int, body: Sequence[Buffer]) -> int:
         """Send a message; returns the stream whose outcome is its answer."""

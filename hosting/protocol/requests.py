@@ -4,6 +4,7 @@
 ``endpoint``        ``infer`` (also when absent) or ``reset``
 ``session_id``      the robot's session, text or a number; ``session_ids`` (list or None: all) goes with ``reset``
 ``reset``           true: this observation begins the session anew
+``replan``          true: the planner is asked for a new subtask, whatever its cadence
 ``seed``            the action noise is drawn from it; also as ``sampling_params.seed``
 ``deadline_ms``     work that has not begun that long after the request's arrival is not begun
 ``request_id``, ``obs_index``  come back in the reply
@@ -35,7 +36,7 @@ _FIRST_EXTERNAL = "observation/exterior_image_0_left"
 _EXTERNAL = re.compile(r"(observation/exterior_image_)(\d)(_(?:left|right))")
 
 _ECHOED = ("request_id", "obs_index")
-_OWN = frozenset({"endpoint", "session_id", "session_ids", "reset", "seed", "sampling_params", "deadline_ms", *_ECHOED})
+_OWN = frozenset({"endpoint", "session_id", "session_ids", "reset", "replan", "seed", "sampling_params", "deadline_ms", *_ECHOED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Row:
         observation: what the policy gets; may still have ``mode``.
         session_id: None: the connection's own, anonymous session.
         begins: whether the session begins anew with it.
+        replan: whether it needs a new subtask.
         seed: of the action noise; None: fresh noise.
         deadline_ms: from the request's arrival; None: no deadline.
         echo: what the reply repeats.
@@ -54,6 +56,7 @@ class Row:
     observation: dict[str, Any]
     session_id: str | None = None
     begins: bool = False
+    replan: bool = False
     seed: int | None = None
     deadline_ms: float | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
@@ -143,13 +146,11 @@ def _batch_rows(rows: list[Any]) -> list[Row]:
 def _row(value: dict[str, Any]) -> Row:
     if "session_ids" in value:
         raise MessageError("session_ids: goes with endpoint reset; an observation has one session_id")
-    begins = value.get("reset", False)
-    if not _is_bool(begins):
-        raise MessageError(f"reset: got {_short(begins)}, expected true or false")
     return Row(
         observation=openpi_keys({key: item for key, item in value.items() if key not in _OWN}),
         session_id=_session_id(value.get("session_id")),
-        begins=bool(begins),
+        begins=_flag(value, "reset"),
+        replan=_flag(value, "replan"),
         seed=_seed(value),
         deadline_ms=_deadline_ms(value.get("deadline_ms")),
         echo=_echo(value),
@@ -182,6 +183,13 @@ def _session_id(value: Any, key: str = "session_id") -> str | None:
     if not 0 < len(text) <= MAX_SESSION_ID_CHARS:
         raise MessageError(f"{key}: has {len(text)} characters, expected 1 to {MAX_SESSION_ID_CHARS}")
     return text
+
+
+def _flag(value: dict[str, Any], key: str) -> bool:
+    flag = value.get(key, False)
+    if not _is_bool(flag):
+        raise MessageError(f"{key}: got {_short(flag)}, expected true or false")
+    return bool(flag)
 
 
 def _seed(value: dict[str, Any]) -> int | None:

@@ -32,9 +32,6 @@ _TRUSTED_BYTES = 1024 * 1024
 _GROWTH = 4
 """Beyond that, how many times the bytes that did arrive are reserved: a header alone buys a client no memory."""
 
-_AHEAD = 1
-"""How many messages may wait behind the one that the app works on. Reading goes on until then, and with it pings are answered."""
-
 _PROGRESS_BYTES = 16 * 1024
 """What has to come within a ping timeout of a client whose pong does not: in the middle of a long message there is no room for one."""
 
@@ -58,7 +55,8 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     """For ``ws=`` of :class:`uvicorn.Config`.
 
     ``websocket.receive`` events carry a :class:`memoryview` instead of bytes for a masked, unfragmented binary frame of
-    ``_BULK_BYTES`` or more. Order, ``ws_max_size`` and close codes are the parent's; reading pauses ``_AHEAD`` messages later.
+    ``_BULK_BYTES`` or more. Order, ``ws_max_size``, close codes and flow control are the parent's: reading pauses behind a message that the app
+    does not wait for. An app that reads on while it works has pings answered meanwhile, and hears when its client leaves.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -138,9 +136,6 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.handle_parser_exception()
             return
         super().send_receive_event_to_app()
-        if self.read_paused and self.queue.qsize() <= _AHEAD:
-            self.read_paused = False
-            self.transport.resume_reading()
 
     def send_keepalive_ping(self) -> None:
         if self.close_sent or self.transport.is_closing():

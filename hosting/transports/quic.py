@@ -16,8 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
+from hosting.answers import Answering, answer_of
 from hosting.certificates import Certificate
 from hosting.protocol.messages import Message, MessageType
 from hosting.protocol.striping import Assembler
@@ -36,18 +36,6 @@ _DELIVERY_S = 0.5
 _FAREWELL_S = 1.0
 
 Stream = tuple[Peer, int]
-
-
-class Answering(Protocol):
-    """One client's conversation, on the event loop (``hosting.conversation.Conversation``)."""
-
-    async def answer(self, message: Message) -> Message:
-        """Never raises; may be called again while an answer is under way."""
-        ...
-
-    def sent(self) -> None:
-        """The last answer has been handed to the network."""
-        ...
 
 
 class QuicTransport:
@@ -328,11 +316,7 @@ class QuicTransport:
         task.add_done_callback(lambda _: self._answers.pop(stream))
 
     async def _answer(self, stream: Stream, conversation: Answering, message: Message) -> None:
-        try:
-            answer = await conversation.answer(message)
-        except Exception:
-            logger.exception("a conversation raised instead of answering")
-            answer = Message(MessageType.ERROR, b"internal error; the server's log has it")
+        answer = await answer_of(conversation, message)
 
         def send(now: float) -> None:
             self._reply(stream, answer, now)
@@ -345,10 +329,11 @@ class QuicTransport:
             task.cancel()
 
     def _forget(self, peer: Peer) -> None:
-        self._conversations.pop(peer, None)
         for stream, task in self._answers.items():
             if stream[0] is peer:
                 task.cancel()
+        if (conversation := self._conversations.pop(peer, None)) is not None:
+            conversation.close()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
@@ -357,5 +342,7 @@ class QuicTransport:
     def _end(self) -> None:
         for task in self._answers.values():
             task.cancel()
+        while self._conversations:
+            self._conversations.popitem()[1].close()
         self._close_sockets()
         self._ended.set()

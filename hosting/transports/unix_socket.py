@@ -1,4 +1,4 @@
-"""A slot's Unix socket: framed messages (reference/wire.md §4.1), many clients at once, each served in the order it asks."""
+"""A slot's Unix socket: framed messages (reference/wire.md §4.1), many clients at once, each answered in the order it asks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from hosting.conversation import Conversation
+from hosting.answers import Answering, Answers
 from hosting.policy import MessageError
 from hosting.protocol.framing import MessageReader, header
 from hosting.protocol.messages import Message, MessageType
@@ -64,7 +64,7 @@ class UnixSocketTransport:
     """
 
     def __init__(
-        self, path: Path, converse: Callable[[], Conversation], *, max_message_bytes: int, mode: int = 0o600, stall_timeout_s: float = 30.0
+        self, path: Path, converse: Callable[[], Answering], *, max_message_bytes: int, mode: int = 0o600, stall_timeout_s: float = 30.0
     ) -> None:
         self._converse = converse
         self._mode = mode
@@ -118,16 +118,16 @@ class UnixSocketTransport:
 
 
 class _Client(asyncio.BufferedProtocol):
-    """One connection. A task exists while there is a request; one more message is read behind it, then reading pauses."""
+    """One connection. While there is no room for another request, one more is read, then reading pauses."""
 
-    def __init__(self, conversation: Conversation, shared: _Shared) -> None:
+    def __init__(self, conversation: Answering, shared: _Shared) -> None:
         self._conversation = conversation
+        self._answers = Answers(conversation, self._send, self._moved)
         self._shared = shared
         self._loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self._reader = MessageReader(shared.max_message_bytes)
         self._transport: asyncio.Transport
-        self._serving: asyncio.Task[None] | None = None
         self._next: Message | None = None
         self._written = asyncio.Event()
         self._written.set()
@@ -138,7 +138,7 @@ class _Client(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def close_if_idle(self) -> None:
-        if self._serving is None:
+        if not self._answers.unsent:
             self._transport.close()
 
     def abort(self) -> None:
@@ -155,12 +155,13 @@ class _Client(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._shared.clients.discard(self)
-        if self._serving is not None:
+        if self._answers.unsent:
             logger.debug("unix socket %s: a client left while it was being answered", self._shared.path)
-            self._serving.cancel()
+        self._answers.cancel()
         if self._timer is not None:
             self._timer.cancel()
         self.gone.set_result(None)
+        self._conversation.close()
 
     def pause_writing(self) -> None:
         self._written.clear()
@@ -179,52 +180,56 @@ class _Client(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """A client that only has nothing more to say still gets its answers; with one that is gone, they are cancelled."""
         self._eof = True
-        return self._serving is not None and not _peer_gone(self._transport.get_extra_info("socket"))
+        return bool(self._answers.unsent) and not _peer_gone(self._transport.get_extra_info("socket"))
 
     def _look(self) -> None:
-        """Something was received, or there is room for another message: see whether it is whole."""
+        """Something was received, or there may be room for another request: begin what is whole."""
         self._progress_s = self._loop.time()
-        if self._next is not None:
-            return
-        try:
-            self._next = self._reader.next()
-        except MessageError as error:
-            self._fail(str(error))
-            return
-        if self._next is None:
-            if self._reader.pending and self._timer is None:
-                self._timer = self._loop.call_later(self._shared.stall_timeout_s, self._check_stall)
-        elif self._serving is None:
-            self._serving = self._loop.create_task(self._serve())
-        else:
-            self._pause_reading()
-
-    async def _serve(self) -> None:
-        """Answer what has come, one by one."""
-        try:
-            while (message := self._next) is not None:
-                self._next = None
-                if self._fault is None and self._reader.pending:
-                    self._look()
-                if self._fault is None and self._next is None:
-                    self._resume_reading()
-                answer = await self._conversation.answer(message)
-                del message  # an observation is not kept until a slow client has read its answer
-                self._write(answer)
-                if not self._written.is_set():
-                    await self._written.wait()
-                self._conversation.sent()
-                if self._shared.draining:
+        while True:
+            if self._next is None:
+                try:
+                    self._next = self._reader.next()
+                except MessageError as error:
+                    self._fail(str(error))
+                    return
+                if self._next is None:
                     break
-        except Exception:
-            logger.exception("unix socket %s: a conversation failed; its connection is closed", self._shared.path)
-            self._transport.abort()
-        finally:
-            self._serving = None
+            # Who connects in a drain gets one answer.
+            if not self._answers.room or (self._shared.draining and self._answers.unsent):
+                self._pause_reading()
+                return
+            self._answers.ask(self._next)
+            self._next = None
+        if self._reader.pending and self._timer is None:
+            self._timer = self._loop.call_later(self._shared.stall_timeout_s, self._check_stall)
+        if self._eof:
+            self._settle()
+        else:
+            self._resume_reading()
+
+    def _moved(self) -> None:
+        if self._fault is None and not self._shared.draining:
+            self._look()
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """When all is answered: tell the client what it did wrong, or close where nothing more can come."""
+        if self._answers.unsent:
+            return
         if self._fault is not None:
             self._refuse(self._fault)
         elif self._shared.draining or self._eof:
             self._transport.close()
+
+    async def _send(self, answer: Message) -> None:
+        try:
+            self._write(answer)
+        except Exception:
+            logger.exception("unix socket %s: an answer could not be sent; its connection is closed", self._shared.path)
+            self._transport.abort()
+        if not self._written.is_set():
+            await self._written.wait()
 
     def _write(self, message: Message) -> None:
         size = len(message.body)
@@ -255,12 +260,10 @@ class _Client(asyncio.BufferedProtocol):
             self._fail(f"nothing came for {timeout_s:g} s in the middle of a message; send each message whole")
 
     def _fail(self, text: str) -> None:
-        """Read no further. The client is told after the answer under way."""
+        """Read no further. The client is told after the answers under way."""
         self._fault = text
-        if self._serving is None:
-            self._refuse(text)
-        else:
-            self._pause_reading()
+        self._pause_reading()
+        self._settle()
 
     def _refuse(self, text: str) -> None:
         """Say why, and close when the client has heard of it: at its end of the stream, or after ``_LINGER_S``.

@@ -21,6 +21,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from hosting.answers import Answers
 from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
 from hosting.failures import client_text
@@ -73,8 +74,8 @@ class WebSocketTransport:
         self._api_key = api_key
         self._profile: ProfileName = profile
         self._reply: ReplyShape | None = reply
-        # Connection → whether it has an answer under way, which is sent before the connection is closed.
-        self._busy: dict[WebSocket, bool] = {}
+        # Connection → its client once greeted, whose requests under way are answered before the connection is closed.
+        self._clients: dict[WebSocket, _Client | None] = {}
         self.app = Starlette(
             routes=[
                 Route("/healthz", self._health),
@@ -85,8 +86,8 @@ class WebSocketTransport:
         )
 
     async def close_idle(self) -> None:
-        """Close the conversations that wait for a request (the endpoint must be draining); the others close after their answer."""
-        await asyncio.gather(*[_close(websocket) for websocket, busy in self._busy.items() if not busy])
+        """Close the conversations that wait for a request (the endpoint must be draining); the others close after their answers."""
+        await asyncio.gather(*[_close(websocket) for websocket, client in self._clients.items() if client is None or client.idle])
 
     async def _health(self, request: HTTPRequest) -> PlainTextResponse:
         if self._endpoint.ready:
@@ -117,38 +118,36 @@ class WebSocketTransport:
             await websocket.send_denial_response(PlainTextResponse(f"{text}\n", status_code=400))
             return
         await websocket.accept()
-        self._busy[websocket] = False
+        self._clients[websocket] = None
         # Begun while the client is held, so that one that leaves before the slot is ready is forgotten at once.
         receiving = asyncio.create_task(websocket.receive())
         try:
-            if not await self._opened(receiving):
-                return
-            conversation = Conversation(self._endpoint, Connection(profile))
-            try:
-                await _send(websocket, await conversation.hello())
-            except RequestError as error:
-                await websocket.send_text(client_text(error, slot=self._endpoint.slot))
-                await websocket.close(INTERNAL_ERROR, "this profile cannot be served; the reason is in the previous frame")
-                return
-            message = await self._in_time(receiving)
-            # A request that comes just as close_idle() closes its connection can no longer be answered.
-            while message["type"] == "websocket.receive" and not self._endpoint.draining:
-                self._busy[websocket] = True
-                await _send(websocket, await conversation.answer(_received(message)))
-                conversation.sent()
-                self._busy[websocket] = False
-                if not self._endpoint.draining:
-                    message = await self._in_time(websocket.receive())
+            if await self._opened(receiving):
+                conversation = Conversation(self._endpoint, Connection(profile), transport="websocket")
+                try:
+                    await self._serve(websocket, conversation, receiving)
+                finally:
+                    conversation.close()
         except _IdleError as idle:
             logger.info("%s: closing an idle connection: %s", self._endpoint.slot, idle)
             await _close(websocket, str(idle))
         except (WebSocketDisconnect, OSError):
-            logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
+            logger.debug("%s: a client left while it was greeted", self._endpoint.slot)
         finally:
             receiving.cancel()
-            del self._busy[websocket]
+            del self._clients[websocket]
             if self._endpoint.draining:
                 await _close(websocket)
+
+    async def _serve(self, websocket: WebSocket, conversation: Conversation, receiving: Awaitable[Message]) -> None:
+        try:
+            await _send(websocket, await conversation.hello())
+        except RequestError as error:
+            await websocket.send_text(client_text(error, slot=self._endpoint.slot))
+            await websocket.close(INTERNAL_ERROR, "this profile cannot be served; the reason is in the previous frame")
+            return
+        client = self._clients[websocket] = _Client(websocket, conversation, self._endpoint, self._idle_timeout_s)
+        await client.serve(receiving)
 
     async def _opened(self, receiving: asyncio.Task[Message]) -> bool:
         """Wait for the slot; returns whether there is one to talk to and the client is still there."""
@@ -162,22 +161,85 @@ class WebSocketTransport:
             opening.cancel()
         return not self._endpoint.draining
 
-    async def _in_time(self, receiving: Awaitable[Message]) -> Message:
-        """The next message.
-
-        Raises:
-            _IdleError: none came in time.
-        """
-        if self._idle_timeout_s is None:
-            return await receiving
-        try:
-            async with asyncio.timeout(self._idle_timeout_s):
-                return await receiving
-        except TimeoutError as error:
-            raise _IdleError(f"no request came for {self._idle_timeout_s:g} s") from error
-
     def _authorized(self, request: HTTPConnection) -> bool:
         return self._api_key is None or hmac.compare_digest(_api_key(request).encode(), self._api_key.encode())
+
+
+class _Client:
+    """One client from its greeting on: what it sends is read while it is answered.
+
+    Args:
+        idle_timeout_s: seconds without a request, while none is under way, until it is given up; None: it never is.
+    """
+
+    def __init__(self, websocket: WebSocket, conversation: Conversation, endpoint: Endpoint, idle_timeout_s: float | None) -> None:
+        self._websocket = websocket
+        self._endpoint = endpoint
+        self._idle_timeout_s = idle_timeout_s
+        self._patience = asyncio.timeout(idle_timeout_s)
+        self._moved = asyncio.Event()
+        self._answers = Answers(conversation, self._send, self._moved.set)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has got all its answers."""
+        return not self._answers.unsent
+
+    async def serve(self, receiving: Awaitable[Message]) -> None:
+        """Returns when the connection is closed, or has to be.
+
+        Args:
+            receiving: its first message.
+
+        Raises:
+            _IdleError: no request came in time.
+        """
+        try:
+            async with self._patience:
+                await self._read(receiving)
+        except TimeoutError as error:
+            if not self._patience.expired():
+                raise
+            raise _IdleError(f"no request came for {self._idle_timeout_s:g} s") from error
+        finally:
+            self._answers.cancel()
+
+    async def _read(self, receiving: Awaitable[Message]) -> None:
+        message = await receiving
+        while message["type"] == "websocket.receive":
+            while not self._answers.room:
+                self._moved.clear()
+                await self._moved.wait()
+            if not self._endpoint.draining:
+                self._patience.reschedule(None)
+                self._answers.ask(_received(message))
+            elif self.idle:
+                return  # it came just as close_idle() closes its connection
+            del message  # an observation is not kept until the next one comes
+            message = await self._websocket.receive()
+
+    async def _send(self, answer: ProtocolMessage) -> None:
+        try:
+            await _send(self._websocket, answer)
+        except (WebSocketDisconnect, OSError):
+            logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
+            self._give_up()
+        except Exception:
+            logger.exception("%s: an answer could not be sent; its connection is closed", self._endpoint.slot)
+            await _close(self._websocket, "the answer could not be sent", code=INTERNAL_ERROR)
+            self._give_up()
+        else:
+            if self._answers.unsent > 1:
+                return
+            if self._endpoint.draining:
+                await _close(self._websocket)
+            elif self._idle_timeout_s is not None:
+                self._patience.reschedule(asyncio.get_running_loop().time() + self._idle_timeout_s)
+
+    def _give_up(self) -> None:
+        """What still comes is read and dropped, up to the end."""
+        self._answers.cancel()
+        self._moved.set()
 
 
 def _api_key(request: HTTPConnection) -> str:
@@ -202,10 +264,10 @@ async def _send(websocket: WebSocket, message: ProtocolMessage) -> None:
         await websocket.send_bytes(message.body)  # type: ignore[arg-type]
 
 
-async def _close(websocket: WebSocket, reason: str = "the server is shutting down") -> None:
+async def _close(websocket: WebSocket, reason: str = "the server is shutting down", *, code: int = GOING_AWAY) -> None:
     try:
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await websocket.close(GOING_AWAY, reason)
+            await websocket.close(code, reason)
     except TimeoutError:  # before OSError, which it is
         logger.info("a client does not read what it was sent; its connection ends without a close frame")
     except (RuntimeError, WebSocketDisconnect, OSError):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import action
 from action import ActionPolicy
 from action.configs import CONFIGS
 from action.sampler import ModelInput
-from hosting.policy import Policy
+from hosting.policy import Policy, PromptPreview, Warmable
 from pi0.errors import CheckpointError, ConfigError, ObservationError, PolicyError, PromptTooLongError
 from tests.action.policy_cases import COMBINED_CASES, POLICY_CASES, echo_policy, golden_call, processor
 from tests.golden_data import CHECKPOINTS, TOKENIZER
@@ -134,6 +135,108 @@ class TestBatch:
         with pytest.raises(ObservationError, match=r"^prompt: missing"):
             policy.infer_batch([bad])
         assert not sampler.calls
+
+
+class TestBatchSizes:
+    """Compiled models are called with powers of two of rows, so that few programs serve every batch."""
+
+    @staticmethod
+    def called(compiled: bool, count: int, *, max_batch: int | None = None) -> list[int]:
+        """Rows of the model calls that ``count`` observations make."""
+        policy, sampler = echo_policy("pi0_droid", compiled=compiled)
+        if max_batch is not None:
+            policy.warmup(max_batch=max_batch)
+            sampler.calls.clear()
+        assert len(policy.infer_batch([policy.example_observation(np.random.default_rng(0))] * count)) == count
+        assert all(len(array) == len(noise) for inputs, noise in sampler.calls for array in vars(inputs).values())
+        return [len(noise) for _, noise in sampler.calls]
+
+    @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (2, [2]), (3, [4]), (4, [4]), (5, [8]), (9, [16])])
+    def test_compiled(self, count: int, rows: list[int]) -> None:
+        assert self.called(True, count) == rows
+
+    @pytest.mark.parametrize(
+        ("max_batch", "count", "rows"),
+        [(1, 1, [1]), (1, 3, [1, 1, 1]), (3, 3, [4]), (4, 5, [4, 1]), (4, 11, [4, 4, 4]), (6, 6, [8]), (8, 13, [8, 8])],
+    )
+    def test_compiled_and_warmed_up(self, max_batch: int, count: int, rows: list[int]) -> None:
+        assert self.called(True, count, max_batch=max_batch) == rows
+
+    def test_eager_computes_nothing_that_was_not_asked_for(self) -> None:
+        assert [self.called(False, count, max_batch=1) for count in (1, 3, 5)] == [[1], [3], [5]]
+
+    def test_more_than_the_largest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("action.policy.MAX_BATCH", 4)
+        assert self.called(False, 9) == [4, 4, 1]
+        assert self.called(True, 7) == [4, 4]
+        assert self.called(True, 9, max_batch=100) == [4, 4, 1]
+
+    def test_noise_and_replies_do_not_depend_on_the_filling(self) -> None:
+        for compiled in (False, True):
+            policy, sampler = echo_policy("pi0_droid", compiled=compiled)
+            observations = [policy.example_observation(np.random.default_rng(row)) for row in range(5)]
+            together = policy.infer_batch(observations, seeds=range(5))
+            drawn = np.concatenate([noise for _, noise in sampler.calls])
+            for row, reply in enumerate(together):
+                np.testing.assert_array_equal(drawn[row], np.random.default_rng(row).standard_normal((10, 32), np.float32))
+                np.testing.assert_array_equal(reply["actions"], policy.infer(observations[row], seed=row)["actions"])
+
+    def test_rows_that_fill_up_are_the_last_one(self) -> None:
+        policy, sampler = echo_policy("pi0_droid", compiled=True)
+        policy.infer_batch([policy.example_observation(np.random.default_rng(row)) for row in range(5)], seeds=range(5))
+        ((inputs, noise),) = sampler.calls
+        for array in (*vars(inputs).values(), noise):
+            np.testing.assert_array_equal(array[5:], np.stack([array[4]] * 3))
+            assert not np.array_equal(inputs.images[3], inputs.images[4])
+
+    def test_each_model_call_has_the_prompt_length_of_its_own_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("action.policy.MAX_BATCH", 2)
+        policy, sampler = echo_policy("pi0_droid")
+        short = policy.example_observation(np.random.default_rng(0)) | {"prompt": "go"}
+        policy.infer_batch([short, short, short | {"prompt": "go " * 20}])
+        assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(2, 16), (1, 48)]
+
+    def test_nothing_is_compiled_after_warmup(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+            graphs.append(graph)
+            return graph.forward
+
+        torch_compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, *, mode, **options: torch_compile(function, backend=backend, **options))
+        torch.compiler.reset()
+        policy = load.__wrapped__("pi0_aloha", "pi0_orbax", num_steps=2, compile_mode="default")
+        eager = load("pi0_aloha", "pi0_orbax", num_steps=2)
+        policy.warmup(max_batch=3)
+        assert len(graphs) == 2 * len({1, 2, 4}) * len({16, 48}), "a prefix and a step for each batch size and prompt length"
+        graphs.clear()
+        whole = policy.example_observation(np.random.default_rng(0))
+        cameras = list(whole["images"])
+        observations = [
+            whole | {"prompt": "go " * words, "images": {name: whole["images"][name] for name in cameras[:count]}, "state": whole["state"] * row / 5}
+            for row, (words, count) in enumerate([(1, 1), (20, 2), (3, 4), (1, 3), (20, 1)])
+        ]
+        for count in (1, 2, 3, 4, 5):
+            replies = policy.infer_batch(observations[:count], seeds=range(count))
+            for row, reply in enumerate(replies):
+                np.testing.assert_allclose(reply["actions"], eager.infer(observations[row], seed=row)["actions"], atol=1e-5, rtol=0)
+        assert graphs == []
+        policy._max_rows = 8
+        policy.infer_batch(observations)
+        assert len(graphs) == 2, "the counter must see compilations"
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize(("config", "checkpoint"), [("pi0_droid", "pi0_orbax"), ("pi05_droid", "pi05_orbax")])
+    @pytest.mark.parametrize("count", [3, 5])
+    def test_a_filled_batch_is_its_rows(self, config: str, checkpoint: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        policy = load(config, checkpoint)
+        observations = [policy.example_observation(np.random.default_rng(row)) | {"prompt": "go " * (row * 5 + 1)} for row in range(count)]
+        alone = [policy.infer(observation, seed=row)["actions"] for row, observation in enumerate(observations)]
+        for filled in (False, True):
+            monkeypatch.setattr(policy, "_compiled", filled)
+            for reply, expected in zip(policy.infer_batch(observations, seeds=range(count)), alone, strict=True):
+                np.testing.assert_allclose(reply["actions"], expected, atol=1e-5, rtol=0)
 
 
 class TestNoise:
@@ -275,8 +378,59 @@ class TestWarmup:
         policy.warmup()
         assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(1, length) for length in lengths]
 
+    def test_runs_the_batch_sizes_that_requests_need(self) -> None:
+        policy, sampler = echo_policy("pi0_droid", compiled=True)
+        policy.warmup(max_batch=5)
+        assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(rows, length) for rows in (1, 2, 4, 8) for length in (16, 48)]
+        eager, sampler = echo_policy("pi0_droid")
+        eager.warmup(max_batch=5)
+        assert [len(noise) for _, noise in sampler.calls] == [1]
+
+    def test_no_batch_at_all_is_a_mistake(self) -> None:
+        with pytest.raises(ValueError, match=r"^max_batch is 0, expected at least 1$"):
+            echo_policy("pi0_droid")[0].warmup(max_batch=0)
+
     def test_on_a_real_model(self) -> None:
         load("pi0_droid", "pi0_orbax").warmup()
+
+
+class TestPreview:
+    def test_is_what_a_request_gives_the_model(self) -> None:
+        policy, sampler = echo_policy("pi0_droid")
+        preview = policy.preview_prompt("  Pick_up the\ncup ")
+        assert preview["text"] == "Pick up the cup\n"
+        policy.infer(policy.example_observation(np.random.default_rng(0)) | {"prompt": "  Pick_up the\ncup "})
+        inputs = sampler.calls[0][0]
+        assert preview["token_ids"] == inputs.tokens[0][inputs.token_mask[0]].tolist()
+        assert (preview["tokens"], preview["max_tokens"], preview["not_fitting"]) == (len(preview["token_ids"]), 48, "")
+
+    def test_pi05_shows_the_widest_state(self) -> None:
+        policy, _ = echo_policy("pi05_droid")
+        preview = policy.preview_prompt("pick up the cup")
+        assert preview["text"] == f"Task: pick up the cup, State: {' '.join(['255'] * 8)};\nAction: "
+        assert preview["max_tokens"] == 200
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            prompt = policy._processor.prepare(policy.example_observation(rng) | {"prompt": "pick up the cup"}).prompt
+            assert prompt.needed <= preview["tokens"]
+
+    def test_what_does_not_fit(self) -> None:
+        policy, _ = echo_policy("pi0_droid")
+        task = "pick up the cup " * 20
+        preview = policy.preview_prompt(task)
+        assert preview["tokens"] == len(preview["token_ids"]) > preview["max_tokens"] == 48
+        assert preview["not_fitting"] and preview["text"].endswith(preview["not_fitting"])
+        with pytest.raises(PromptTooLongError, match=f"has {preview['tokens']} tokens"):
+            policy.infer(policy.example_observation(np.random.default_rng(0)) | {"prompt": task})
+
+    @pytest.mark.parametrize("name", ["pi0_droid", "pi05_libero"])
+    def test_is_a_prompt_preview_for_json(self, name: str) -> None:
+        policy, sampler = echo_policy(name)
+        assert isinstance(policy, PromptPreview) and isinstance(policy, Warmable)
+        preview = policy.preview_prompt("pick up the cup")
+        assert json.loads(json.dumps(preview)) == preview
+        assert set(preview) == {"text", "token_ids", "tokens", "max_tokens", "not_fitting"}
+        assert not sampler.calls
 
 
 class TestLoad:

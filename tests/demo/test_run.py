@@ -109,7 +109,7 @@ def test_a_request_that_fails_ends_the_demo_with_its_error(monkeypatch: pytest.M
 
 
 def test_a_slot_that_cannot_load_ends_the_demo_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(*, max_batch: int = 1) -> None:
         raise ZeroDivisionError("while loading")
 
     planner = EchoPlanner()

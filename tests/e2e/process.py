@@ -30,7 +30,7 @@ def combined_config(**fields: Any) -> dict[str, Any]:
     """Golden pi05 checkpoints in both slots, free ports."""
     return {
         "action": {"model_config_name": "pi05_aloha", "checkpoint_dir": str(CHECKPOINTS / "pi05_pytorch"), "tokenizer": str(TOKENIZER)},
-        "planner": {"checkpoint_dir": str(CHECKPOINTS / "pi05_orbax"), "tokenizer": str(TOKENIZER)},
+        "planner": {"checkpoint_dir": str(CHECKPOINTS / "pi05_orbax"), "tokenizer": str(TOKENIZER), "scheduler": {"max_batch": 1}},
         "action_transport": {"websocket_port": 0, "quic_port": None, "unix_socket_path": None},
         "planner_transport": {"websocket_port": 0, "quic_port": None, "unix_socket_path": None},
         "admin": {"port": 0},

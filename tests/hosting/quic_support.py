@@ -116,7 +116,7 @@ class EchoConversation:
 
     def __init__(self, server: LiveServer) -> None:
         self._server = server
-        self.sent_count = 0
+        self.sent_count = self.closed_count = 0
         server.conversations.append(self)
 
     async def answer(self, message: Message) -> Message:
@@ -139,6 +139,9 @@ class EchoConversation:
 
     def sent(self) -> None:
         self.sent_count += 1
+
+    def close(self) -> None:
+        self.closed_count += 1
 
 
 class LiveServer:

@@ -1,15 +1,25 @@
-"""Combined mode with stub policies: what runs in each mode, and what a planner's failure does."""
+"""Combined mode with stub policies: what runs in each mode, what a planner's failure does, and, with a session, when the planner is asked.
+
+What a request may be told under any interleaving is ``test_cadence.py``'s.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import itertools
 import logging
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hosting.cadence import Cadence
+from hosting.calls import Background, Origin, SlotCall, Steps
 from hosting.combined import CombinedPolicy
+from hosting.observer import Observer
 from hosting.policy import (
     ConfigError,
     DrainingError,
@@ -21,10 +31,20 @@ from hosting.policy import (
     Policy,
     PromptTooLongError,
     Reply,
+    SupersededError,
 )
+from hosting.sessions import Session
 from hosting.templates import LiveSettings, PromptSettings
 
 OBS: dict[str, Any] = {"prompt": "tidy", "state": np.zeros(3)}
+
+ALONE: dict[str, Any] = {"revision": 1, "source_index": 0, "waited": True, "template_revision": 1}
+"""What every subtask says that was planned without a session."""
+
+
+def still() -> float:
+    """Time that does not pass."""
+    return 5.0
 
 
 class Action:
@@ -72,8 +92,9 @@ def test_the_stubs_and_the_combination_are_policies() -> None:
 def test_default_rewrites_the_prompt_and_adds_the_subtask(mode: str | None) -> None:
     action, planner = Action(), Planner()
     obs = {**OBS, "mode": mode}
-    reply = CombinedPolicy(planner, action).infer(obs, seed=5)
-    assert list(reply) == ["actions", "policy_timing", "subtask"] and reply["subtask"] == {"text": "pick up", "ms": 3.0}
+    reply = CombinedPolicy(planner, action, clock=still).infer(obs, seed=5)
+    assert list(reply) == ["actions", "policy_timing", "subtask"]
+    assert reply["subtask"] == {"text": "pick up", "ms": 3.0, "age_ms": 0.0, **ALONE}
     ((acted, sampling),), ((planned, settings),) = action.asked, planner.asked
     assert acted == {"prompt": "tidy. Subtask: pick up", "state": OBS["state"]} and sampling == {"seed": 5}
     assert planned == {"prompt": "tidy", "state": OBS["state"]} and settings == {}
@@ -82,7 +103,8 @@ def test_default_rewrites_the_prompt_and_adds_the_subtask(mode: str | None) -> N
 
 def test_subtask_only_never_reaches_the_action_policy() -> None:
     action = Action()
-    assert CombinedPolicy(Planner(), action).infer({**OBS, "mode": "subtask_only"}) == {"subtask": {"text": "pick up", "ms": 3.0}}
+    reply = CombinedPolicy(Planner(), action, clock=still).infer({**OBS, "mode": "subtask_only"})
+    assert reply == {"subtask": {"text": "pick up", "ms": 3.0, "age_ms": 0.0, **ALONE}}
     assert action.asked == []
 
 
@@ -102,8 +124,8 @@ def test_an_unknown_mode_reaches_nobody() -> None:
 
 def test_an_empty_subtask_leaves_the_prompt_as_it_was() -> None:
     action = Action()
-    reply = CombinedPolicy(Planner(""), action, action_prompt_template="{subtask}").infer(OBS)
-    assert action.prompt == "tidy" and reply["subtask"] == {"text": "", "ms": 3.0}
+    reply = CombinedPolicy(Planner(""), action, action_prompt_template="{subtask}", clock=still).infer(OBS)
+    assert action.prompt == "tidy" and reply["subtask"] == {"text": "", "ms": 3.0, "age_ms": 0.0, **ALONE}
 
 
 def test_braces_in_task_and_subtask_mean_nothing() -> None:
@@ -138,7 +160,8 @@ def test_use_task_acts_on_the_task_and_says_why(caplog: pytest.LogCaptureFixture
         reply = CombinedPolicy(Planner(error=PlannerError("secret")), action).infer(OBS)
     assert action.prompt == "tidy" and list(reply) == ["actions", "policy_timing", "subtask"]
     subtask = reply["subtask"]
-    assert set(subtask) == {"text", "ms", "error"} and subtask["text"] == "" and subtask["ms"] >= 0
+    assert set(subtask) == {"text", "ms", "age_ms", "error", *ALONE} and subtask["text"] == "" and subtask["ms"] >= 0
+    assert {key: subtask[key] for key in ALONE} == {**ALONE, "revision": 0}
     (record,) = caplog.records
     assert record.exc_info and record.exc_info[0] is PlannerError
     error_id = subtask["error"].split()[2].rstrip(":")
@@ -201,3 +224,366 @@ def test_a_change_between_planner_and_action_is_for_the_next_request() -> None:
 def test_a_wrong_template_is_refused_when_it_is_set() -> None:
     with pytest.raises(ConfigError, match=r"^has no \{subtask\}; put it where that text belongs$"):
         CombinedPolicy(Planner(), Action(), action_prompt_template="{task}")
+
+
+@pytest.mark.parametrize("answer", [{}, {"subtask": "pick up"}, {"subtask": {"ms": 3.0}}, {"subtask": {"text": None}}])
+def test_an_answer_that_is_none_is_a_failure_of_the_planner(answer: Reply) -> None:
+    class Malformed(Planner):
+        def infer(self, obs: Mapping[str, Any], /, **settings: Any) -> Reply:
+            return answer
+
+    action = Action()
+    assert "error" in CombinedPolicy(Malformed(), action).infer(OBS)["subtask"] and action.prompt == "tidy"
+    with pytest.raises(PlannerError, match=r"^the planner's reply has no subtask\.text, expected a string$"):
+        CombinedPolicy(Malformed(), action, on_failure="fail").infer(OBS)
+
+
+def test_the_planner_may_take_its_time_only() -> None:
+    call = next(CombinedPolicy(Planner(), Action(), timeout_s=2.5).steps(OBS))
+    assert isinstance(call, SlotCall) and call.slot == "planner" and call.timeout_s == 2.5
+
+
+class Seen(Observer):
+    """What was reported."""
+
+    def __init__(self) -> None:
+        self.refreshes: list[str] = []
+        self.used: list[tuple[float, bool]] = []
+        self.steps: list[int] = []
+
+    def refreshed(self, outcome: str) -> None:
+        self.refreshes.append(outcome)
+
+    def subtask_used(self, age_s: float, *, waited: bool) -> None:
+        self.used.append((age_s, waited))
+
+    def decode_steps(self, steps: int) -> None:
+        self.steps.append(steps)
+
+
+class NumberingPlanner(Planner):
+    """Its answers are ``step 1``, ``step 2``, …, each in four decode steps."""
+
+    def infer(self, obs: Mapping[str, Any], /, **settings: Any) -> Reply:
+        super().infer(obs, **settings)
+        return {"subtask": {"text": f"step {len(self.asked)}", "ms": 3.0, "decode_steps": 4}}
+
+
+class Robot:
+    """One session, a clock, and a driver that keeps refreshes under way until the test ends them."""
+
+    def __init__(self, cadence: Cadence | None = None, *, template: str = "{task}: {subtask}", **settings: Any) -> None:
+        self.now_s = 50.0
+        self.session = Session("a", 0, self.now_s, self.now_s)
+        self.planner, self.action, self.seen = NumberingPlanner(), Action(), Seen()
+        self.live = LiveSettings(PromptSettings(action_prompt_template=template))
+        self.combined = CombinedPolicy(
+            self.planner,
+            self.action,
+            live=self.live,
+            cadence=cadence or Cadence("async"),
+            clock=lambda: self.now_s,
+            observer=self.seen,
+            **settings,
+        )
+        self.beside: list[Background] = []
+        self._orders = itertools.count()
+
+    def ask(self, task: str = "tidy", *, mode: str = "default", replan: bool = False) -> Steps:
+        """A request that has arrived."""
+        index = self.session.next_index()
+        origin = Origin(self.session.plan, "a", next(self._orders), self.now_s, index=index, replan=replan)
+        return self.combined.steps({"prompt": task, "mode": mode}, origin=origin)
+
+    def finish(self, steps: Steps, *, planner_error: Exception | None = None) -> dict[str, Any]:
+        """Drive it to its end; its ``subtask``."""
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, Background):
+                    self.beside.append(step)
+                    step = steps.send({})
+                elif planner_error is not None and step.slot == "planner":
+                    step = steps.throw(planner_error)
+                else:
+                    step = steps.send(step.call())
+        except StopIteration as stop:
+            subtask: dict[str, Any] = stop.value["subtask"]
+            return subtask
+
+    def infer(self, task: str = "tidy", *, planner_error: Exception | None = None, **kwargs: Any) -> dict[str, Any]:
+        return self.finish(self.ask(task, **kwargs), planner_error=planner_error)
+
+    def end(self, outcome: BaseException | None = None) -> None:
+        """The oldest refresh under way is begun and ends."""
+        background = self.beside.pop(0)
+        background.begun()
+        background.done(outcome if outcome is not None else background.call.call())
+
+    @property
+    def told(self) -> str:
+        """The last prompt of the action policy."""
+        prompt: str = self.action.asked[-1][0]["prompt"]
+        return prompt
+
+
+def test_the_first_request_waits_and_the_next_acts_at_once() -> None:
+    robot = Robot()
+    first = robot.infer()
+    robot.now_s += 0.1
+    second = robot.infer()
+    planned = {"text": "step 1", "ms": 3.0, "decode_steps": 4, "revision": 1, "source_index": 0, "template_revision": 1}
+    assert first == {**planned, "age_ms": 0.0, "waited": True}
+    assert second == {**planned, "age_ms": pytest.approx(100), "waited": False}
+    assert len(robot.planner.asked) == 1 and robot.told == "tidy: step 1" and robot.beside == []
+    assert robot.seen.used == [(0.0, True), (pytest.approx(0.1), False)] and robot.seen.steps == [4]
+
+
+def test_a_refresh_runs_beside_the_request_and_serves_the_next() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    assert robot.infer()["text"] == "step 1" and len(robot.beside) == 1 and len(robot.planner.asked) == 1
+    robot.beside[0].begun()
+    robot.now_s += 0.5
+    assert robot.infer()["text"] == "step 1" and len(robot.beside) == 1
+    robot.end()
+    robot.now_s += 0.25
+    after = robot.infer()
+    assert (after["text"], after["revision"], after["source_index"], after["waited"]) == ("step 2", 2, 1, False)
+    assert after["age_ms"] == pytest.approx(750) and robot.seen.refreshes == ["ok"] and robot.seen.steps == [4, 4]
+
+
+def test_a_refresh_that_waits_gives_way_to_a_newer_one() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    robot.infer()
+    old = robot.beside.pop(0)
+    old.done(SupersededError("superseded"))
+    after = robot.infer()
+    assert "error" not in after and len(robot.beside) == 2  # the second one still waits, so the third observation takes its place
+    robot.beside.pop(0).done(SupersededError("superseded"))
+    robot.end()
+    after = robot.infer()
+    assert (after["text"], after["source_index"]) == ("step 2", 3) and robot.seen.refreshes == ["superseded", "superseded", "ok"]
+
+
+def test_replan_waits() -> None:
+    robot = Robot()
+    robot.infer()
+    after = robot.infer(replan=True)
+    assert (after["text"], after["waited"], after["source_index"]) == ("step 2", True, 1)
+    assert robot.infer()["text"] == "step 2"
+
+
+def test_a_plan_that_is_too_old_is_waited_for() -> None:
+    robot = Robot(Cadence("async", max_age_s=3.0))
+    robot.infer()
+    robot.now_s += 3.0
+    assert not robot.infer()["waited"]
+    robot.now_s += 0.1
+    assert robot.infer()["waited"]
+
+
+def test_a_new_task_waits_for_its_subtask() -> None:
+    robot = Robot()
+    robot.infer()
+    after = robot.infer("fold")
+    assert (after["text"], after["waited"]) == ("step 2", True) and robot.told == "fold: step 2" and "task" not in after
+
+
+def test_the_old_task_is_kept_whole_until_the_new_ones_subtask_is_there() -> None:
+    robot = Robot(Cadence("async", on_task_change="keep"))
+    robot.infer()
+    kept = robot.infer("fold")
+    assert (kept["text"], kept["task"], kept["waited"]) == ("step 1", "tidy", False) and robot.told == "tidy: step 1"
+    robot.end()
+    after = robot.infer("fold")
+    assert after["text"] == "step 2" and "task" not in after and robot.told == "fold: step 2"
+
+
+def test_the_old_task_is_kept_where_it_had_no_subtask_to_add() -> None:
+    robot = Robot(Cadence("async", on_task_change="keep"))
+    robot.combined.planner.infer = lambda obs, **settings: {"subtask": {"text": "", "ms": 1.0}}  # type: ignore[method-assign]
+    robot.infer()
+    assert robot.infer("fold")["task"] == "tidy" and robot.told == "tidy"
+
+
+def test_a_plan_of_an_older_task_is_dropped() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    robot.infer("fold")
+    robot.end()
+    assert robot.infer("fold")["text"] == "step 2" and robot.seen.refreshes == ["stale"]
+
+
+def test_a_plan_from_before_a_reset_is_dropped() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    waiting = robot.ask(replan=True)
+    call = next(waiting)
+    assert isinstance(call, SlotCall)
+    robot.session.reset()
+    robot.end()
+    act = waiting.send(call.call())
+    assert isinstance(act, SlotCall)
+    with pytest.raises(StopIteration) as stop:
+        waiting.send(act.call())
+    assert stop.value.value["subtask"]["text"] == "step 3"  # planned from its own observation, so it is this request's, but nobody else's
+    after = robot.infer()
+    assert (after["waited"], after["text"], after["source_index"], after["revision"]) == (True, "step 4", 0, 3)
+    assert robot.seen.refreshes == ["stale"]
+
+
+def test_a_new_template_is_used_at_once_with_the_plan_in_use() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.live.update(action_prompt_template="now {subtask}")
+    after = robot.infer()
+    assert (after["template_revision"], after["waited"], after["revision"]) == (2, False, 1) and robot.told == "now step 1"
+    assert robot.beside == []
+
+
+def test_new_generation_settings_are_used_from_their_first_plan_on_with_the_template_of_their_revision() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.live.update(action_prompt_template="now {subtask}", generation_prompt_format="Do {task}")
+    before = robot.infer()
+    assert (before["template_revision"], before["waited"]) == (1, False) and robot.told == "tidy: step 1"
+    robot.end()
+    after = robot.infer()
+    assert (after["template_revision"], after["text"]) == (2, "step 2") and robot.told == "now step 2"
+    assert robot.planner.asked[1][1]["generation_prompt_format"] == "Do {task}"
+
+
+def test_a_failing_refresh_leaves_the_plan_in_use_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    with caplog.at_level(logging.ERROR):
+        robot.end(PlannerError("secret"))
+    robot.now_s += 0.9
+    after = robot.infer()
+    assert (after["text"], after["revision"], after["waited"]) == ("step 1", 1, False) and robot.told == "tidy: step 1"
+    assert after["error"].split()[2].rstrip(":") in caplog.text and "secret" not in after["error"] and robot.beside == []
+    robot.now_s += 0.2
+    assert "error" in robot.infer()
+    robot.end()
+    assert "error" not in robot.infer() and robot.seen.refreshes == ["failed", "ok"]
+
+
+def test_an_answer_that_is_none_is_a_failed_refresh() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    background = robot.beside.pop()
+    background.done({"subtask": {}})
+    assert "error" in robot.infer() and robot.seen.refreshes == ["failed"]
+
+
+def test_a_refresh_that_is_cancelled_is_no_failure() -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    robot.end(asyncio.CancelledError())
+    assert "error" not in robot.infer() and robot.seen.refreshes == []
+
+
+def test_a_planner_that_fails_a_waiting_request_keeps_the_plan_before() -> None:
+    robot = Robot()
+    robot.infer()
+    failed = robot.infer(replan=True, planner_error=PlannerError("broken"))
+    assert (failed["text"], failed["revision"], failed["source_index"], failed["waited"]) == ("", 1, 1, True) and robot.told == "tidy"
+    after = robot.infer()
+    assert (after["text"], after["error"]) == ("step 1", failed["error"]) and len(robot.seen.used) == 2
+
+
+def test_a_superseded_request_says_nothing_of_the_planner() -> None:
+    robot = Robot()
+    robot.infer()
+    with pytest.raises(SupersededError):
+        robot.infer(replan=True, planner_error=SupersededError("superseded"))
+    assert "error" not in robot.infer()
+
+
+def test_subtask_only_plans_for_itself_and_for_those_that_follow() -> None:
+    robot = Robot()
+    robot.infer()
+    alone = robot.infer(mode="subtask_only")
+    assert (alone["text"], alone["waited"], alone["source_index"], alone["revision"]) == ("step 2", True, 1, 2)
+    after = robot.infer()
+    assert (after["text"], after["waited"]) == ("step 2", False) and len(robot.seen.used) == 2
+
+
+def test_every_request_counts_its_plans_too() -> None:
+    robot = Robot(Cadence())
+    assert [(reply["text"], reply["revision"], reply["source_index"], reply["waited"]) for reply in (robot.infer(), robot.infer())] == [
+        ("step 1", 1, 0, True),
+        ("step 2", 2, 1, True),
+    ]
+    robot.session.reset()
+    after = robot.infer()
+    assert (after["revision"], after["source_index"]) == (3, 0)
+
+
+def test_a_plan_is_a_copy_of_the_planners_answer() -> None:
+    """The planner may use its map again, and whoever asked the same got the same one."""
+    robot = Robot()
+    answer: Reply = {"subtask": {"text": "pick up", "ms": 3.0}}
+    robot.combined.planner.infer = lambda obs, **settings: answer  # type: ignore[method-assign]
+    robot.infer()
+    assert answer == {"subtask": {"text": "pick up", "ms": 3.0}}
+    answer["subtask"]["text"] = "another"
+    assert robot.infer()["text"] == "pick up"
+
+
+def test_in_process_nothing_is_remembered() -> None:
+    planner = NumberingPlanner()
+    combined = CombinedPolicy(planner, Action(), cadence=Cadence("async"))
+    assert [combined.infer(OBS)["subtask"]["revision"] for _ in range(2)] == [1, 1] and len(planner.asked) == 2
+
+
+@pytest.mark.parametrize("outcome", ["answer", "failure"])
+def test_a_session_keeps_no_observation(outcome: str) -> None:
+    class Image(np.ndarray[Any, Any]):
+        """An array that can be referred to weakly."""
+
+    robot = Robot()
+    robot.planner.asked = _Counter()
+    robot.action.asked = _Counter()
+    robot.infer()
+    robot.now_s += 1.0
+    image = np.zeros(3).view(Image)
+    alive = weakref.ref(image)
+    origin = Origin(robot.session.plan, "a", 10, robot.now_s, index=1)
+    robot.finish(robot.combined.steps({"prompt": "tidy", "image": image}, origin=origin))
+    del image
+    assert alive() is not None  # the planner still has to see it
+    gc.disable()
+    try:
+        robot.end(PlannerError("broken") if outcome == "failure" else None)
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+class _Counter(list[Any]):
+    """Has had this many entries, and keeps none."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def append(self, entry: Any) -> None:
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count

@@ -27,6 +27,7 @@ from pi0.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 ACTION: dict[str, Any] = {"model_config_name": "pi05_droid", "checkpoint_dir": "/ckpt/droid"}
 PLANNER: dict[str, Any] = {"checkpoint_dir": "/ckpt/subtask"}
+SCHEDULER: dict[str, Any] = {"max_batch": 8, "max_wait_ms": 2.0, "max_queue": 64, "deadline_ms": None}
 MIB = 1024 * 1024
 LONGEST_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 
@@ -69,6 +70,7 @@ class TestValues:
                 "device": None,
                 "num_steps": 10,
                 "on_long_prompt": "error",
+                "scheduler": SCHEDULER,
             },
             "planner": {
                 **PLANNER,
@@ -81,6 +83,12 @@ class TestValues:
                 "missing_cameras": "mask",
                 "on_failure": "use_task",
                 "on_long_prompt": "error",
+                "refresh": "every_request",
+                "interval_s": 1.0,
+                "max_age_s": 10.0,
+                "on_task_change": "wait",
+                "timeout_s": None,
+                "scheduler": {**SCHEDULER, "max_batch": 2},
             },
             "action_transport": {"websocket_port": 8000, "quic_port": 5555, "unix_socket_path": "/tmp/openpi-action.sock"},
             "planner_transport": {"websocket_port": 8002, "quic_port": 5556, "unix_socket_path": "/tmp/openpi-planner.sock"},
@@ -100,10 +108,13 @@ class TestValues:
             "roboarena": dict.fromkeys(
                 ("image_resolution", "needs_wrist_camera", "n_external_cameras", "needs_stereo_camera", "needs_session_id", "action_space")
             ),
-            "admin": {"host": "127.0.0.1", "port": 8001},
+            "admin": {"host": "127.0.0.1", "port": 8001, "api_key": None, "settings_file": None},
+            "sessions": {"ttl_s": 600.0, "max_sessions": 1024},
+            "watchdog": {"stuck_after_s": 120.0, "fatal_after_s": 600.0},
             "max_message_bytes": 128 * MIB,
             "drain_s": 30.0,
             "log_format": "plain",
+            "log_requests": True,
         }
 
     @pytest.mark.parametrize(
@@ -134,7 +145,10 @@ class TestValues:
         "document",
         [
             # the same port for TCP and UDP, or on an endpoint that is not served, is no clash
-            {"action": ACTION, "action_transport": {"websocket_port": 8001}},
+            {"action": ACTION, "action_transport": {"websocket_port": 8001}, "admin": {"port": None}},
+            {"action": ACTION, "admin": {"host": "0.0.0.0", "api_key": "k"}},
+            {"action": ACTION, "admin": {"host": "0.0.0.0", "port": None}},
+            {"action": ACTION, "admin": {"host": "::1"}, "watchdog": {"stuck_after_s": 5, "fatal_after_s": 5}},
             {"action": ACTION, "action_transport": {"websocket_port": 8002, "quic_port": 5556}},
             {"action": ACTION, "planner": PLANNER, "action_transport": {"websocket_port": 5555}},
             # 0 is any free port
@@ -205,7 +219,7 @@ class TestMalformedFile:
             ("null", "robot.json: expected one JSON object, got null; see config.example.json"),
             ('{"host": "a", "host": "b"}', "robot.json: host: given twice in one object; keep one"),
             ('{"drain_s": NaN}', "robot.json: NaN is not a JSON number; write a finite one"),
-            ("[" * 100_000, "robot.json: nested too deeply; see config.example.json"),
+            ("[" * 100_000, "robot.json: nested too deeply"),
         ],
     )
     def test_not_a_json_object(self, write: Write, text: str, problem: str) -> None:
@@ -225,7 +239,8 @@ class TestMalformedFile:
             (
                 {"action": ACTION, "port": 8000},
                 "port: unknown field (file robot.json); known here: action, planner, action_transport, planner_transport, host, api_key, tls, "
-                "quic_certificate_dir, unix_socket_mode, websocket, roboarena, admin, max_message_bytes, drain_s, log_format",
+                "quic_certificate_dir, unix_socket_mode, websocket, roboarena, admin, sessions, watchdog, max_message_bytes, drain_s, "
+                "log_format, log_requests",
             ),
             (
                 {"action": {**ACTION, "checkpoint": "a"}},
@@ -233,18 +248,19 @@ class TestMalformedFile:
             ),
             (
                 {"action": ACTION, "admin": {"api": 1}},
-                "admin.api: unknown field (file robot.json); known here: host, port",
+                'admin.api: unknown field (file robot.json); did you mean "api_key"?',
             ),
             # names that pydantic-settings would take for itself
             (
                 {"action": ACTION, "_env_file": "a"},
                 "_env_file: unknown field (file robot.json); known here: action, planner, action_transport, planner_transport, host, api_key, tls, "
-                "quic_certificate_dir, unix_socket_mode, websocket, roboarena, admin, max_message_bytes, drain_s, log_format",
+                "quic_certificate_dir, unix_socket_mode, websocket, roboarena, admin, sessions, watchdog, max_message_bytes, drain_s, "
+                "log_format, log_requests",
             ),
             (
                 {"action": "pi05_droid"},
                 "action: expected an object with the fields model_config_name, checkpoint_dir, default_prompt, tokenizer, dtype, device, num_steps, "
-                'on_long_prompt or null, got "pi05_droid" (file robot.json)',
+                'on_long_prompt, scheduler or null, got "pi05_droid" (file robot.json)',
             ),
             ({"action": {**ACTION, "checkpoint_dir": 5}}, "action.checkpoint_dir: expected a string, got 5 (file robot.json)"),
             (
@@ -340,6 +356,15 @@ class TestMalformedFile:
             ),
             ({"action": ACTION, "drain_s": -1}, "drain_s: expected a number of at least 0, got -1 (file robot.json)"),
             ({"action": ACTION, "drain_s": "30"}, 'drain_s: expected a number of at least 0, got "30" (file robot.json)'),
+            (
+                {"action": ACTION, "admin": {"host": "0.0.0.0"}},
+                "admin.api_key: missing, and admin.host 0.0.0.0 can be reached from other machines, where anybody could edit prompts; "
+                "set a key, or leave admin.host at 127.0.0.1",
+            ),
+            (
+                {"action": ACTION, "watchdog": {"stuck_after_s": None, "fatal_after_s": 5}},
+                "watchdog.fatal_after_s: got 5, expected null or at least watchdog.stuck_after_s, which is null",
+            ),
             ({"action": ACTION, "log_format": "xml"}, 'log_format: expected one of "plain", "json", got "xml" (file robot.json)'),
             (
                 {"action": ACTION, "planner": PLANNER, "planner_transport": {"websocket_port": 8000}},
@@ -371,14 +396,14 @@ class TestMalformedFile:
             "action.checkpoint_dir: missing; set it in the configuration file or as OPENPI_ACTION__CHECKPOINT_DIR",
             "action.num_steps: expected an integer 1…1000, got 0 (file robot.json)",
             'planner.dtype: expected one of "float32", "bfloat16" or null, got "f" (file robot.json)',
-            "admin.port: expected an integer 0…65535, got -1 (file robot.json)",
+            "admin.port: expected an integer 0…65535 or null, got -1 (file robot.json)",
             'drain_s: expected a number of at least 0, got "soon" (environment OPENPI_DRAIN_S)',
             'hots: unknown field (file robot.json); did you mean "host"?',
         ]
 
     def test_a_long_value_is_cut_and_a_message_always_prints(self, write: Write) -> None:
         (line,) = problems(write({"action": ACTION, "admin": {"port": "x" * 500}}))
-        assert line == f'admin.port: expected an integer 0…65535, got "{"x" * 58}… (file robot.json)'
+        assert line == f'admin.port: expected an integer 0…65535 or null, got "{"x" * 58}… (file robot.json)'
         (line,) = problems(write({"action": {**ACTION, "token\ud800izer": 1}}))
         assert line == 'action.token\\ud800izer: unknown field (file robot.json); did you mean "tokenizer"?'
 
@@ -431,13 +456,16 @@ class TestEnvironment:
                 "OPENPI_ACTION_DEFAULT_PROMPT: names no configuration field, correct or unset it; did you mean OPENPI_ACTION__DEFAULT_PROMPT?",
             ),
             ({"OPENPI_HOST__X": "a"}, "OPENPI_HOST__X: names no configuration field, correct or unset it; did you mean OPENPI_HOST?"),
-            ({"OPENPI_ADMIN": "8001"}, 'OPENPI_ADMIN: expected an object with the fields host, port as JSON, got "8001"'),
-            ({"OPENPI_ADMIN": '{"port": }'}, 'OPENPI_ADMIN: expected an object with the fields host, port as JSON, got "{\\"port\\": }"'),
+            ({"OPENPI_ADMIN": "8001"}, 'OPENPI_ADMIN: expected an object with the fields host, port, api_key, settings_file as JSON, got "8001"'),
+            (
+                {"OPENPI_ADMIN": '{"port": }'},
+                'OPENPI_ADMIN: expected an object with the fields host, port, api_key, settings_file as JSON, got "{\\"port\\": }"',
+            ),
             ({"OPENPI_ADMIN": '{"port": 1, "port": 2}'}, "OPENPI_ADMIN: port: given twice in one object; keep one"),
             ({"OPENPI_DRAIN_S": "inf"}, 'drain_s: expected a number of at least 0, got "inf" (environment OPENPI_DRAIN_S)'),
             ({"OPENPI_DRAIN_S": "NaN"}, "OPENPI_DRAIN_S: NaN is not a JSON number; write a finite one"),
-            ({"OPENPI_ADMIN__PORT": ""}, 'admin.port: expected an integer 0…65535, got "" (environment OPENPI_ADMIN__PORT)'),
-            ({"OPENPI_ADMIN__PORT": "null"}, "admin.port: expected an integer 0…65535, got null (environment OPENPI_ADMIN__PORT)"),
+            ({"OPENPI_ADMIN__PORT": ""}, 'admin.port: expected an integer 0…65535 or null, got "" (environment OPENPI_ADMIN__PORT)'),
+            ({"OPENPI_DRAIN_S": "null"}, "drain_s: expected a number of at least 0, got null (environment OPENPI_DRAIN_S)"),
             ({"OPENPI_HOST": ""}, "host: is blank; give a value or leave the field out (environment OPENPI_HOST)"),
             ({"OPENPI_HOST": "a", "openpi_host": "b"}, "openpi_host: is set twice, also as OPENPI_HOST; unset one of them"),
         ],
@@ -531,7 +559,7 @@ class TestDescribe:
         assert ("planner", None, "default") in rows
         assert ("host", "::1", "flag") in rows
         assert ("admin.port", 9, "environment OPENPI_ADMIN__PORT") in rows
-        assert rows[-1] == ("log_format", "plain", "default")
+        assert rows[-1] == ("log_requests", True, "default")
 
     def test_secrets_are_not_shown(self, write: Write) -> None:
         loaded = load_config(write({"action": ACTION, "api_key": "sesame"}))

@@ -113,6 +113,6 @@ async def test_a_reply_that_cannot_be_sent_is_the_servers_failure(worker: SlotWo
 
 async def test_several_answers_may_be_under_way(worker: SlotWorker) -> None:
     conversation = Conversation(opened(worker), Connection(TYPED))
-    answers = await asyncio.gather(*(conversation.answer(infer({"prompt": str(i), "request_id": i})) for i in range(20)))
+    answers = await asyncio.gather(*(conversation.answer(infer({"prompt": str(i), "request_id": i, "session_id": i})) for i in range(20)))
     replies = [msgpack_numpy.unpack(answer.body) for answer in answers]
     assert [(reply["asked"]["prompt"], reply["request_id"]) for reply in replies] == [(str(i), i) for i in range(20)]

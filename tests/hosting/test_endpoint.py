@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from hosting import __version__
+from hosting.calls import SlotCall, Steps
 from hosting.endpoint import Endpoint
 from hosting.policy import DeadlineError, DrainingError, MessageError, ModeError, ObservationError
 from hosting.protocol import jpeg
 from hosting.protocol.requests import InferRequest, parse_request
-from hosting.routing import SlotCall, Steps, action_route
+from hosting.routing import action_route
 from hosting.scheduler import SlotWorker
 from tests.serving import EchoPolicy
 
@@ -24,7 +25,7 @@ from tests.serving import EchoPolicy
 async def serve(endpoint: Endpoint, obs: dict[str, Any]) -> dict[str, Any]:
     request = parse_request(obs)
     assert isinstance(request, InferRequest)
-    return (await endpoint.serve(request, time.perf_counter()))[0]
+    return (await endpoint.serve(request, time.perf_counter(), endpoint.sessions.client(), []))[0]
 
 
 METADATA = {"action_horizon": 10, "server_name": "the policy's"}
@@ -75,7 +76,7 @@ async def test_metadata_says_who_serves(endpoint: Endpoint) -> None:
 
 
 async def test_a_request_is_served_and_timed(endpoint: Endpoint) -> None:
-    reply, ms = await endpoint.serve(parse_request({"prompt": "x"}), 0.0)
+    reply, ms = await endpoint.serve(parse_request({"prompt": "x"}), 0.0, endpoint.sessions.client(), [])
     assert reply["asked"] == {"prompt": "x"} and ms > 0
 
 
@@ -150,7 +151,7 @@ async def test_a_batch_says_whose_fault_it_was(worker: SlotWorker) -> None:
 
 
 async def test_a_batch_of_different_modes_cannot_be_stacked(worker: SlotWorker) -> None:
-    def route(obs: Any, /, *, seed: int | None = None) -> Steps:
+    def route(obs: Any, /, *, seed: int | None = None, origin: Any = None) -> Steps:
         return (yield SlotCall("action", lambda: {"actions": np.zeros((2, 2))} if obs["act"] else {"subtask": {"text": "x"}}))
 
     endpoint = Endpoint("action", {"action": worker})
@@ -166,7 +167,7 @@ async def test_what_is_late_is_not_begun(worker: SlotWorker) -> None:
     request = parse_request({"prompt": "x", "deadline_ms": 5})
     assert isinstance(request, InferRequest)
     with pytest.raises(DeadlineError, match=r"^deadline_ms: passed \d+ ms before the action's turn came; nothing was computed$"):
-        await endpoint.serve(request, time.perf_counter() - 1)
+        await endpoint.serve(request, time.perf_counter() - 1, endpoint.sessions.client(), [])
     assert called == []
-    await endpoint.serve(request, time.perf_counter() + 60)
+    await endpoint.serve(request, time.perf_counter() + 60, endpoint.sessions.client(), [])
     assert called

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from hosting.failures import client_text
-from hosting.policy import DrainingError, ObservationError, OverloadedError, PlannerError
+from hosting.failures import Failure, client_text, failure
+from hosting.policy import DrainingError, ObservationError, OverloadedError, PlannerError, PromptTooLongError, SupersededError
 
 
 @pytest.mark.parametrize("error", [ObservationError("state: missing"), OverloadedError("busy"), DrainingError("bye")])
@@ -16,7 +16,7 @@ def test_the_clients_own_error_goes_back_word_for_word(error: Exception, caplog:
     with caplog.at_level(logging.INFO):
         assert client_text(error, slot="action") == str(error)
     assert [(record.levelno, record.getMessage(), record.exc_info) for record in caplog.records] == [
-        (logging.INFO, f"action: refused a request: {error}", None)
+        (logging.INFO, f"action: refused: {error}", None)
     ]
 
 
@@ -36,3 +36,11 @@ def test_the_servers_error_is_an_id_under_which_the_log_has_it(error: Exception,
     (record,) = caplog.records
     assert record.getMessage() == f"planner: a request failed, error id {found[1]}" and record.exc_info and record.exc_info[1] is error
     assert client_text(error, slot="planner") != text, "each failure has its own id"
+
+
+def test_a_refusal_is_left_to_the_requests_own_line_and_has_a_code(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert failure(PromptTooLongError("prompt: too long"), slot="action") == Failure("prompt_too_long", "prompt: too long")
+        assert failure(SupersededError("superseded: by\na newer one"), slot="action") == Failure("superseded", "superseded: by a newer one")
+        assert caplog.records == []
+        assert failure(ZeroDivisionError("secret"), slot="action").code == "internal" and len(caplog.records) == 1

@@ -62,7 +62,7 @@ def test_an_address_that_asks_for_what_there_is_not_is_refused(caplog: pytest.Lo
             pass
         assert refused.value.response.status_code == 400
         assert refused.value.response.body == b"profile: got 'x', expected one of openpi, roboarena, empty, vllm\n"
-    assert "action: refused a request: profile: got 'x', expected one of openpi, roboarena, empty, vllm" in caplog.messages
+    assert "action: refused: profile: got 'x', expected one of openpi, roboarena, empty, vllm" in caplog.messages
 
 
 def test_profiles_have_their_own_hello() -> None:

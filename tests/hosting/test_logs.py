@@ -53,3 +53,34 @@ def test_level_and_the_chatter_of_others(capsys: pytest.CaptureFixture[str]) -> 
     logs.configure("plain", level=logging.ERROR)
     logging.getLogger("uvicorn.error").warning("no")
     assert capsys.readouterr().err == ""
+
+
+def test_json_has_a_records_fields_beside_its_message(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json")
+    logging.getLogger("tandem.x").info("served", extra={"fields": {"slot": "action", "queue_ms": 0.2, "session": None}})
+    entry = json.loads(capsys.readouterr().err)
+    del entry["time"]
+    assert entry == {"level": "INFO", "logger": "tandem.x", "message": "served", "slot": "action", "queue_ms": 0.2, "session": None}
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m", "\x9b31m", "a\u2028b", "\u202eb", "\ud800", "größer"])
+def test_json_lines_hold_nothing_that_a_terminal_obeys(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json")
+    logging.getLogger("tandem.x").info("%s", text)
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert line.isascii() and line.isprintable()
+    assert json.loads(line)["message"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("state: missing", "state: missing"),
+        ("a\nb\r\n\tc   d\u2028e", "a b c d e"),
+        ("\x1b[31mred\u202e größer × \x00", "\\x1b[31mred\\u202e größer × \\x00"),
+        ("\ud800 \x9b", "\\ud800 \\x9b"),
+        ("", ""),
+    ],
+)
+def test_one_line(text: str, line: str) -> None:
+    assert logs.one_line(text) == line

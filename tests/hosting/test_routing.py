@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hosting.cadence import SessionPlan
+from hosting.calls import Origin, Slot, SlotCall, Steps
 from hosting.combined import CombinedPolicy
 from hosting.policy import ModeError, ObservationError, Reply
-from hosting.routing import Slot, SlotCall, Steps, action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
+from hosting.request_queue import RequestQueue
+from hosting.routing import action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings, PromptSettings
 from tests.serving import EchoPlanner, EchoPolicy
@@ -19,10 +23,23 @@ from tests.serving import EchoPlanner, EchoPolicy
 
 @pytest.fixture
 def workers() -> Iterator[dict[Slot, SlotWorker]]:
-    workers: dict[Slot, SlotWorker] = {"planner": SlotWorker("planner"), "action": SlotWorker("action")}
+    slots: tuple[Slot, ...] = ("planner", "action")
+    workers = {slot: SlotWorker(slot, RequestQueue(max_batch=8)) for slot in slots}
     yield workers
     for worker in workers.values():
         worker.close()
+
+
+ORDERS = itertools.count()
+
+
+def origin() -> Origin:
+    """A row of a batched request."""
+    return Origin(SessionPlan(), "one connection", next(ORDERS), 0.0, newest_wins=False)
+
+
+async def together(workers: dict[Slot, SlotWorker], routes: list[Steps]) -> list[Reply]:
+    return await run_together_on(workers, [(steps, origin()) for steps in routes])
 
 
 def fail() -> Reply:
@@ -55,16 +72,16 @@ def failing() -> Steps:
 
 async def test_both_drivers_hand_each_reply_to_the_next_step(workers: dict[Slot, SlotWorker]) -> None:
     threads: list[str] = []
-    assert run(two_slots([])) == await run_on(workers, two_slots(threads)) == {"sum": 3}
+    assert run(two_slots([])) == await run_on(workers, two_slots(threads), origin()) == {"sum": 3}
     assert threads == ["planner-slot", "action-slot"]
 
 
 async def test_both_drivers_let_the_route_decide_what_a_failure_means(workers: dict[Slot, SlotWorker]) -> None:
-    assert run(recovering()) == await run_on(workers, recovering()) == {"after": "slot"}
+    assert run(recovering()) == await run_on(workers, recovering(), origin()) == {"after": "slot"}
     with pytest.raises(ZeroDivisionError):
         run(failing())
     with pytest.raises(ZeroDivisionError):
-        await run_on(workers, failing())
+        await run_on(workers, failing(), origin())
 
 
 async def test_a_route_that_refuses_at_once_calls_no_slot(workers: dict[Slot, SlotWorker]) -> None:
@@ -73,7 +90,7 @@ async def test_a_route_that_refuses_at_once_calls_no_slot(workers: dict[Slot, Sl
     with pytest.raises(ModeError):
         run(route({"mode": "x"}))
     with pytest.raises(ModeError):
-        await run_on(workers, route({"mode": "x"}))
+        await run_on(workers, route({"mode": "x"}), origin())
     assert called == []
 
 
@@ -156,15 +173,12 @@ class BatchedPolicy(EchoPolicy):
 
 
 class BatchedPlanner(EchoPlanner):
-    def __init__(self, error: Exception | None = None) -> None:
-        super().__init__()
-        self.error = error
+    def __init__(self, hook: Callable[[Any], None] = lambda obs: None) -> None:
+        super().__init__(hook)
         self.calls: list[list[str]] = []
 
     def infer_batch(self, observations: Any, /, *, generation_prompt_format: Any = None, max_generation_tokens: Any = None) -> list[Reply]:
         self.calls.append([obs["prompt"] for obs in observations])
-        if self.error:
-            raise self.error
         return [self.infer(obs) for obs in observations]
 
 
@@ -172,21 +186,21 @@ class TestTogether:
     async def test_one_call_serves_all_rows(self, workers: dict[Slot, SlotWorker]) -> None:
         policy = BatchedPolicy()
         route = action_route(policy)
-        replies = await run_together_on(workers, [route({"prompt": "a"}), route({"prompt": "b"}, seed=3)])
+        replies = await together(workers, [route({"prompt": "a"}), route({"prompt": "b"}, seed=3)])
         assert replies == [{"prompt": "a", "seed": None}, {"prompt": "b", "seed": 3}]
         assert policy.calls == [(["a", "b"], [None, 3])]
-        assert await run_together_on(workers, [route({"prompt": "a"}), route({"prompt": "b"})]) == [{"prompt": p, "seed": None} for p in "ab"]
+        assert await together(workers, [route({"prompt": "a"}), route({"prompt": "b"})]) == [{"prompt": p, "seed": None} for p in "ab"]
         assert policy.calls[-1] == (["a", "b"], None)
 
     async def test_a_single_row_is_served_alone(self, workers: dict[Slot, SlotWorker]) -> None:
         policy = BatchedPolicy()
-        assert await run_together_on(workers, [action_route(policy)({"prompt": "a"}, seed=1)]) == [{"prompt": "a", "seed": 1}]
+        assert await together(workers, [action_route(policy)({"prompt": "a"}, seed=1)]) == [{"prompt": "a", "seed": 1}]
         assert policy.calls == [("a", 1)]
 
     async def test_planner_and_policy_each_serve_all_rows(self, workers: dict[Slot, SlotWorker]) -> None:
         planner, policy = BatchedPlanner(), BatchedPolicy()
         combined = CombinedPolicy(planner, policy, action_prompt_template="{subtask}")
-        replies = await run_together_on(workers, [combined.steps({"prompt": task}) for task in ("tidy", "sweep")])
+        replies = await together(workers, [combined.steps({"prompt": task}) for task in ("tidy", "sweep")])
         assert planner.calls == [["tidy", "sweep"]] and policy.calls == [(["first step of tidy", "first step of sweep"], None)]
         assert [reply["subtask"]["text"] for reply in replies] == ["first step of tidy", "first step of sweep"]
 
@@ -194,27 +208,31 @@ class TestTogether:
         planner, policy = BatchedPlanner(), BatchedPolicy()
         combined = CombinedPolicy(planner, policy, action_prompt_template="{subtask}")
         rows = [{"prompt": "tidy", "mode": mode} for mode in ("default", "action_only", "subtask_only")]
-        replies = await run_together_on(workers, [combined.steps(row) for row in rows])
+        replies = await together(workers, [combined.steps(row) for row in rows])
         assert [sorted(reply) for reply in replies] == [["prompt", "seed", "subtask"], ["prompt", "seed"], ["subtask"]]
         assert planner.calls == [["tidy", "tidy"]]
 
     async def test_when_the_planner_fails_every_row_decides_for_itself(self, workers: dict[Slot, SlotWorker]) -> None:
+        def fail_on_a(obs: Any) -> None:
+            if obs["prompt"] == "a":
+                raise ZeroDivisionError
+
         policy = BatchedPolicy()
-        combined = CombinedPolicy(BatchedPlanner(ZeroDivisionError()), policy)
-        replies = await run_together_on(workers, [combined.steps({"prompt": task}) for task in ("a", "b")])
-        assert [reply["subtask"]["error"].partition(" ")[0] for reply in replies] == ["internal", "internal"]
-        assert policy.calls == [(["a", "b"], None)]
+        combined = CombinedPolicy(BatchedPlanner(fail_on_a), policy, action_prompt_template="{subtask}")
+        a, b = await together(workers, [combined.steps({"prompt": task}) for task in ("a", "b")])
+        assert a["subtask"]["error"].startswith("internal error") and b["subtask"]["text"] == "first step of b"
+        assert policy.calls == [(["a", "first step of b"], None)]
 
     async def test_a_bad_row_is_named(self, workers: dict[Slot, SlotWorker]) -> None:
         route = action_route(BatchedPolicy())
         with pytest.raises(ObservationError, match=r"^batch\[2\]: prompt: is bad$"):
-            await run_together_on(workers, [route({"prompt": prompt}) for prompt in ("a", "b", "bad")])
+            await together(workers, [route({"prompt": prompt}) for prompt in ("a", "b", "bad")])
         with pytest.raises(ModeError, match=r"^batch\[1\]: mode: got 'x'"):
-            await run_together_on(workers, [route({"prompt": "a"}), route({"prompt": "a", "mode": "x"})])
+            await together(workers, [route({"prompt": "a"}), route({"prompt": "a", "mode": "x"})])
 
     async def test_policies_without_batches_are_asked_row_by_row(self, workers: dict[Slot, SlotWorker]) -> None:
         route = action_route(EchoPolicy())
-        replies = await run_together_on(workers, [route({"prompt": prompt}) for prompt in "ab"])
+        replies = await together(workers, [route({"prompt": prompt}) for prompt in "ab"])
         assert [reply["asked"]["prompt"] for reply in replies] == ["a", "b"]
 
 

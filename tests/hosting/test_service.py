@@ -1,5 +1,6 @@
 """The life of the process: early clients, readiness, request modes over real sockets, live templates, drain."""
 
+import logging
 import socket
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from websockets.sync.client import connect
 
 from hosting.clients.client import Client
 from hosting.clients.errors import ClientError, ConnectionLostError, InferenceError
-from hosting.config import ActionTransportConfig
+from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, SchedulerConfig, WatchdogConfig
 from hosting.policy import CheckpointError, ConfigError
 from hosting.protocol import msgpack_numpy
 from hosting.service import Loaders
@@ -177,7 +178,7 @@ def test_internal_error_has_an_id_that_the_log_has(caplog):
         assert "secret" not in str(caught.value) and "Traceback" not in str(caught.value)
         assert "actions" in client.infer({"prompt": "good"})
     error_id = str(caught.value).split()[2].rstrip(":")
-    logged = [record for record in caplog.records if error_id in record.getMessage()]
+    logged = [record for record in caplog.records if record.levelno == logging.ERROR and error_id in record.getMessage()]
     assert len(logged) == 1 and logged[0].exc_info is not None and logged[0].exc_info[0] is ZeroDivisionError
 
 
@@ -204,7 +205,7 @@ def test_a_planner_that_fails(caplog):
 def test_single_slots(slots, refused):
     with start(service_config(*slots), stubs()) as service:
         assert service.service.config.mode == f"{slots[0]}_only"
-        assert ("admin" in service.addresses) == (slots == ("planner",))
+        assert "admin" in service.addresses
         with Client(service.addresses[slots[0]]) as client:
             assert slots[0] in ("action", "planner") and client.infer({"prompt": "x"})
             with pytest.raises(InferenceError, match=refused):
@@ -381,3 +382,113 @@ def test_an_endpoint_that_breaks_down_ends_the_service_with_1(tmp_path: Path, ca
             sender.sendto(b"x", (host, int(port)))
         assert service.wait_stopped() == 1
     assert any("an endpoint broke down (a bug of ours); stopping" in record.message for record in caplog.records)
+
+
+def test_the_admin_port_is_served_in_every_mode_and_tells_what_each_slot_does():
+    for slots in (("action",), ("planner",), ("action", "planner")):
+        with start(service_config(*slots), stubs()) as service:
+            with Client(service.addresses[slots[0]]) as client:
+                client.infer({"prompt": "tidy", "session_id": "robot"})
+            admin = service.addresses["admin"]
+            assert httpx.get(f"{admin}/ready").json()["slots"] == dict.fromkeys(slots, "ready")
+            details = httpx.get(f"{admin}/slots").json()
+            assert sorted(details.get("slots", details)) == sorted(slots)
+            assert f'tandem_requests_total{{mode="default",outcome="ok",slot="{slots[0]}"}} 1.0' in httpx.get(f"{admin}/metrics").text
+            assert "robot" in httpx.get(f"{admin}/sessions").text
+            assert httpx.get(f"{admin}/config").status_code == (200 if "planner" in slots else 404)
+
+
+def test_no_admin_port_where_none_is_wanted():
+    with start(service_config("action", admin=AdminConfig(port=None)), stubs()) as service:
+        assert "admin" not in service.addresses
+
+
+def test_a_stuck_model_ends_readiness_and_then_the_service_with_1():
+    entered, released = threading.Event(), threading.Event()
+
+    def hang(obs):
+        entered.set()
+        assert released.wait(60)
+
+    config = service_config(watchdog=WatchdogConfig(stuck_after_s=0.01, fatal_after_s=1.5), drain_s=30.0)
+    with start(config, stubs(EchoPolicy(hang))) as service, Client(service.addresses["action"]) as client:
+        asking = threading.Thread(target=lambda: errors.append(refused(client)))
+        errors: list[str] = []
+        asking.start()
+        assert entered.wait(30)
+        while (status := httpx.get(f"{service.addresses['admin']}/ready")).status_code == 200:
+            pass
+        assert status.json()["slots"] == {"action": "stuck", "planner": "ready"}
+        assert httpx.get(f"{service.addresses['admin']}/health").status_code == 200
+        with Client(service.addresses["planner"]) as other:
+            assert other.infer({"prompt": "sweep"})["subtask"]["text"] == "first step of sweep"
+        assert service.wait_stopped() == 1
+        asking.join(30)
+        assert errors[0].startswith("internal error ")
+        released.set()
+
+
+def refused(client):
+    with pytest.raises(InferenceError) as error:
+        client.infer({"prompt": "x", "mode": "action_only"})
+    return str(error.value)
+
+
+def test_a_stuck_model_that_returns_is_ready_again():
+    entered, released = threading.Event(), threading.Event()
+
+    def hang(obs):
+        entered.set()
+        assert released.wait(60)
+
+    config = service_config("action", watchdog=WatchdogConfig(stuck_after_s=0.01, fatal_after_s=None))
+    with start(config, stubs(EchoPolicy(hang))) as service, Client(service.addresses["action"]) as client:
+        replies = []
+        asking = threading.Thread(target=lambda: replies.append(client.infer({"prompt": "x"})))
+        asking.start()
+        assert entered.wait(30)
+        while httpx.get(f"{service.addresses['admin']}/ready").status_code == 200:
+            pass
+        released.set()
+        asking.join(30)
+        assert replies and httpx.get(f"{service.addresses['admin']}/ready").status_code == 200
+
+
+def test_changes_that_were_kept_are_in_force_after_a_restart(tmp_path):
+    config = service_config(admin=AdminConfig(port=0, settings_file=str(tmp_path / "settings.json")))
+    with start(config, stubs()) as service:
+        httpx.patch(f"{service.addresses['admin']}/config", json={"action_prompt_template": "now {subtask}"}).raise_for_status()
+    with start(config, stubs()) as service, Client(service.addresses["action"]) as client:
+        reply = client.infer({"prompt": "tidy"})
+        assert reply["asked"] == {"prompt": "now first step of tidy"} and reply["subtask"]["template_revision"] == 2
+
+
+def test_a_settings_file_that_cannot_be_used_is_one_readable_error(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    with (
+        pytest.raises(ConfigError, match=r"^admin\.settings_file: "),
+        start(service_config(admin=AdminConfig(port=0, settings_file=str(tmp_path / "settings.json"))), stubs()),
+    ):
+        pass
+
+
+def test_the_slots_own_deadline_is_that_of_requests_that_bring_none():
+    entered, released = threading.Event(), threading.Event()
+
+    def hold(obs):
+        entered.set()
+        assert released.wait(60)
+
+    action = ActionConfig(model_config_name="unused", checkpoint_dir="unused", scheduler=SchedulerConfig(deadline_ms=1.0))
+    with (
+        start(service_config("action", action=action), stubs(EchoPolicy(hold))) as service,
+        Client(service.addresses["action"]) as first,
+        Client(service.addresses["action"]) as second,
+    ):
+        asking = threading.Thread(target=lambda: first.infer({"prompt": "x", "deadline_ms": 60_000}))
+        asking.start()
+        assert entered.wait(30)
+        with pytest.raises(InferenceError, match=r"^deadline_ms: passed \d+ ms before the action's turn came; nothing was computed$"):
+            second.infer({"prompt": "y"})
+        released.set()
+        asking.join(30)

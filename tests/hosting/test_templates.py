@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 import string
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hosting.settings_file import SettingsFile
 from hosting.templates import (
+    HISTORY,
     MAX_TEMPLATE_CHARS,
     LiveSettings,
     PromptSettings,
+    StaleSettingsError,
+    UnknownRevisionError,
     parse_action_prompt_template,
     parse_generation_prompt_format,
     parse_template,
@@ -157,3 +165,161 @@ class TestLiveSettings:
         for thread in workers:
             thread.join()
         assert live.current.revision == 1 + 8 * 50
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """``work`` with each number, all at once."""
+    start = threading.Barrier(count)
+
+    def begin(number: int) -> None:
+        start.wait()
+        work(number)
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class TestETag:
+    def test_it_names_revision_and_values(self) -> None:
+        settings = PromptSettings()
+        assert re.fullmatch('"1-[0-9a-f]{8}"', settings.etag)
+        assert settings.etag == PromptSettings().etag
+        others = [
+            PromptSettings(revision=2),
+            PromptSettings(max_generation_tokens=21),
+            PromptSettings(action_prompt_template="{subtask}"),
+            PromptSettings(generation_prompt_format="{task}"),
+        ]
+        assert len({settings.etag, *(other.etag for other in others)}) == 5
+
+    def test_one_of_the_expected_must_be_in_force(self) -> None:
+        live = LiveSettings(PromptSettings())
+        first = live.current
+        second = live.update(max_generation_tokens=5, expected={"other", first.etag})
+        for change in (
+            lambda: live.update(max_generation_tokens=6, expected={first.etag}),
+            lambda: live.update(expected=frozenset()),
+            lambda: live.rollback(1, expected={first.etag}),
+        ):
+            with pytest.raises(StaleSettingsError, match=r"^revision 2 with the ETag .* is in force") as error:
+                change()
+            assert error.value.current is second
+            assert second.etag in str(error.value)
+        assert live.current is second
+
+    def test_from_before_a_restart_it_matches_only_the_same_values(self) -> None:
+        before = LiveSettings(PromptSettings())
+        seen = before.update(max_generation_tokens=5)
+        after = LiveSettings(PromptSettings())
+        after.update(max_generation_tokens=6)
+        with pytest.raises(StaleSettingsError):
+            after.update(max_generation_tokens=7, expected={seen.etag})
+
+    @pytest.mark.parametrize("_", range(20))
+    def test_of_two_editors_who_read_the_same_one_wins(self, _: int) -> None:
+        live = LiveSettings(PromptSettings())
+        read = live.current
+        outcomes: dict[int, PromptSettings | StaleSettingsError] = {}
+
+        def edit(editor: int) -> None:
+            try:
+                outcomes[editor] = live.update(max_generation_tokens=100 + editor, expected={read.etag})
+            except StaleSettingsError as error:
+                outcomes[editor] = error
+
+        in_threads(2, edit)
+        (winner,) = [outcome for outcome in outcomes.values() if isinstance(outcome, PromptSettings)]
+        (loser,) = [outcome for outcome in outcomes.values() if isinstance(outcome, StaleSettingsError)]
+        assert live.current is winner is loser.current
+        assert winner.revision == 2
+
+    def test_increments_with_retries_lose_nothing(self) -> None:
+        """The read-modify-write that an ETag is for."""
+        live = LiveSettings(PromptSettings(max_generation_tokens=1))
+
+        def increment(_: int) -> None:
+            for _ in range(20):
+                while True:
+                    read = live.current
+                    try:
+                        live.update(max_generation_tokens=read.max_generation_tokens + 1, expected={read.etag})
+                        break
+                    except StaleSettingsError:
+                        continue
+
+        in_threads(8, increment)
+        assert (live.current.max_generation_tokens, live.current.revision) == (161, 161)
+
+
+class TestHistory:
+    def test_entries(self) -> None:
+        seconds = iter([0.0, 1.5, 86_400.0])
+        live = LiveSettings(PromptSettings(), clock=lambda: next(seconds))
+        live.update(max_generation_tokens=5)
+        live.rollback(1)
+        assert [(entry.settings.revision, entry.settings.max_generation_tokens, entry.changed_at, entry.source) for entry in live.history] == [
+            (1, 20, "1970-01-01T00:00:00.000Z", "start"),
+            (2, 5, "1970-01-01T00:00:01.500Z", "update"),
+            (3, 20, "1970-01-02T00:00:00.000Z", "rollback to 1"),
+        ]
+        assert live.history[-1].settings is live.current
+
+    def test_it_is_bounded(self) -> None:
+        live = LiveSettings(PromptSettings())
+        for tokens in range(1, 151):
+            live.update(max_generation_tokens=tokens, generation_prompt_format="{task}")
+        assert [entry.settings.revision for entry in live.history] == list(range(52, 152))
+        assert len(live.history) == HISTORY
+        with pytest.raises(UnknownRevisionError, match=r"^revision: 51 is not in the history, which has the last 100; take one of 52, 53,"):
+            live.rollback(51)
+        assert live.rollback(52).max_generation_tokens == 51
+
+    def test_rollback_restores_every_value(self) -> None:
+        first = PromptSettings(generation_prompt_format="a {task}", action_prompt_template="b {subtask}", max_generation_tokens=3)
+        live = LiveSettings(first)
+        live.update(generation_prompt_format="{task}", action_prompt_template="{subtask}", max_generation_tokens=4)
+        assert live.rollback(1) == dataclasses.replace(first, revision=3)
+        assert live.current.action_prompt(task="t", subtask="s") == "b s"
+
+    def test_rollback_to_what_is_in_force_changes_nothing(self) -> None:
+        live = LiveSettings(PromptSettings())
+        live.update(max_generation_tokens=5)
+        live.rollback(1)
+        assert live.rollback(1) is live.rollback(3) is live.current
+        assert live.current.revision == 3
+
+    def test_rollback_is_logged_with_old_and_new(self, caplog: pytest.LogCaptureFixture) -> None:
+        live = LiveSettings(PromptSettings())
+        live.update(max_generation_tokens=5)
+        with caplog.at_level(logging.INFO, "hosting.templates"):
+            live.rollback(1)
+        assert caplog.messages == ["prompt settings revision 3, rollback to 1: max_generation_tokens changed from 5 to 20"]
+
+    def test_a_failing_change_is_not_in_it(self) -> None:
+        live = LiveSettings(PromptSettings())
+        with pytest.raises(ConfigError):
+            live.update(max_generation_tokens=0)
+        with pytest.raises(UnknownRevisionError):
+            live.rollback(2)
+        assert len(live.history) == 1
+
+
+def test_reading_does_not_wait_for_a_change_that_waits_for_the_disk(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class SlowFile(SettingsFile):
+        def save(self, *args: object) -> None:
+            begun.set()
+            assert go_on.wait(60)
+
+    live = LiveSettings(PromptSettings(), file=SlowFile(tmp_path / "settings.json"))
+    changing = threading.Thread(target=live.update, kwargs={"max_generation_tokens": 5})
+    changing.start()
+    assert begun.wait(60)
+    assert (live.current.max_generation_tokens, len(live.history)) == (20, 1)
+    go_on.set()
+    changing.join()
+    assert (live.current.max_generation_tokens, len(live.history)) == (5, 2)

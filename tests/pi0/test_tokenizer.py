@@ -1,5 +1,7 @@
 import json
 import string
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,50 @@ def test_any_prompt_tokenizes_and_pads(prompt):
     ids, mask = tokens.padded(48)
     assert mask.sum() == len(tokens.ids) == min(tokens.needed, 48)
     assert (ids[~mask] == PAD_ID).all()
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: f"{case['format']}-{case['prompt'][:20]!r}")
+def test_previews_are_the_golden_prompts(case):
+    if case["format"] == "planner":
+        finished = case["prompt_format"].format(task=clean_task(case["prompt"]))
+        preview = TOKENS.preview_planner_prompt(finished, case["max_len"])
+        assert preview["text"] == finished
+    else:
+        state = None if case["format"] == "pi0" else np.asarray(case["state"], case["state_dtype"])
+        preview = TOKENS.preview_action_prompt(case["prompt"], case["max_len"], state=state)
+    fitting = [token for token, valid in zip(case["tokens"], case["mask"], strict=True) if valid]
+    assert preview["token_ids"][: case["max_len"]] == fitting
+    assert preview["tokens"] == len(preview["token_ids"]) == tokenize(case, "truncate").needed
+    assert preview["max_tokens"] == case["max_len"]
+    assert bool(preview["not_fitting"]) == (preview["tokens"] > case["max_len"])
+    # A cut inside a character leaves its bytes, which are no text, on both sides.
+    assert preview["text"].endswith(preview["not_fitting"].lstrip("\ufffd"))
+
+
+def test_a_preview_splits_the_text_where_the_model_stops_reading():
+    words = "pick up the red cup and put it on the blue plate "
+    preview = TOKENS.preview_planner_prompt(words * 3, 20)
+    assert TOKENS.decode(preview["token_ids"][:20]) + preview["not_fitting"] == words * 3
+    assert TOKENS.preview_planner_prompt(words, 200)["not_fitting"] == ""
+
+
+def test_no_state_takes_more_tokens_than_the_widest():
+    lengths = {value: TOKENS.action_prompt("go", 200, state=np.array([value, 0.0, value])).needed for value in np.linspace(-1.5, 1.5, 600)}
+    assert max(lengths.values()) == TOKENS.action_prompt("go", 200, state=np.array([1.0, 0.0, 1.0])).needed
+
+
+def test_one_tokenizer_serves_many_threads():
+    texts = [case["prompt"] or "go" for case in CASES["cases"]] * 20
+    expected = [TOKENS.preview_planner_prompt(text) for text in texts]
+    gate = threading.Barrier(4)
+
+    def previews(_):
+        gate.wait()
+        return [TOKENS.preview_planner_prompt(text) for text in texts]
+
+    with ThreadPoolExecutor(4) as threads:
+        for seen in threads.map(previews, range(4)):
+            assert seen == expected
 
 
 def test_padding_never_cuts():

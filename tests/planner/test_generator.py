@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from hosting.policy import PromptPreview, Warmable
 from pi0.errors import CheckpointError, ConfigError, ObservationError, PlannerError, PromptTooLongError
 from pi0.orbax import OrbaxParams
 from pi0.param_tree import backbone_dims, is_action_leaf
 from pi0.tokenizer import PromptTokenizer
 from planner import Subtask, SubtaskGenerator
+from planner.decoder import Prefix
 from planner.observation import prepare_cameras
 from tests.golden_data import CHECKPOINTS, TOKENIZER
 from tests.planner.golden_planner import CASE, CASES, arrays, images
@@ -155,7 +157,8 @@ def test_prompt_buckets_change_no_token(flash: SubtaskGenerator) -> None:
     assert {(1, 3, 48), (2, 3, 200)} <= set(flash._decoder.programs)
 
 
-def test_nothing_is_compiled_after_warmup_whatever_the_limit(generator: SubtaskGenerator) -> None:
+def test_nothing_is_compiled_after_warmup_whatever_the_limit(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "_max_rows", generator._max_rows)
     generator.warmup()
     single = {program for program in generator._decoder.programs if program[0] == 1}
     assert single == {(1, cameras, slots) for cameras in (1, 2, 3) for slots in (48, 200)}
@@ -174,11 +177,64 @@ def test_nothing_is_compiled_after_warmup_whatever_the_limit(generator: SubtaskG
     assert compiled, "the counter must see compilations"
 
 
-def test_warmup_of_grey_mode_needs_three_cameras_only(flash: SubtaskGenerator) -> None:
-    flash.warmup(max_batch=2)
+def test_nothing_is_compiled_after_warmup_whatever_the_batch(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "_max_rows", generator._max_rows)
+    generator.warmup(max_batch=2)
+    assert set(generator._decoder.programs) >= {(batch, count, slots) for batch in (1, 2) for count in (1, 2, 3) for slots in (48, 200)}
+    names = ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+    rng = np.random.default_rng(0)
+    rows = [
+        (task, {name: rng.integers(0, 256, PIXELS.shape, np.uint8) for name in names[:count]})
+        for task, count in [("pick", 1), (" ".join(["cup"] * 60), 1), ("put it down", 3), ("pick", 2), ("go", 1)]
+    ]
+    with counted_compilations() as compiled:
+        alone = [generator.generate(task, seen, max_generation_tokens=6).token_ids for task, seen in rows]
+        # More than it was warmed up for run as several.
+        for first, end in [(0, 2), (1, 3), (2, 4), (3, 5), (0, 3), (0, 5)]:
+            tasks, seen_by = zip(*rows[first:end], strict=True)
+            together = generator.generate_batch(tasks, seen_by, max_generation_tokens=6)
+            assert [row.token_ids for row in together] == alone[first:end]
+    assert compiled == []
+
+
+def test_warmup_of_grey_mode_needs_three_cameras_only(flash: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "_max_rows", flash._max_rows)
+    flash.warmup(max_batch=3)
     programs = set(flash._decoder.programs)
-    assert programs >= {(batch, 3, slots) for batch in (1, 2) for slots in (48, 200)}
+    assert programs >= {(batch, 3, slots) for batch in (1, 2, 4) for slots in (48, 200)}
     assert {cameras for _, cameras, _ in programs} == {3}
+    with counted_compilations() as compiled:
+        for tasks in (["pick", "go", "put it down"], ["pick", LONG_PROMPT, "go"]):
+            assert len(flash.generate_batch(tasks, [{}] * 3, max_generation_tokens=3)) == 3
+    assert compiled == []
+
+
+def test_warmup_has_a_largest_and_a_smallest_batch(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(generator, "_max_rows", generator._max_rows)
+    monkeypatch.setattr(generator._decoder, "compile", shapes.extend)
+    generator.warmup(max_batch=100)
+    assert {batch for batch, _, _ in shapes} == {1, 2, 4, 8}
+    with pytest.raises(ValueError, match="a batch has 0 rows, expected 1 to 8"):
+        generator.warmup(max_batch=0)
+
+
+def test_a_preview_is_what_the_model_reads(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Prefix] = []
+    decoder = generator._decoder
+    monkeypatch.setattr(generator, "_decoder", lambda prefix, limit: read.append(prefix) or decoder(prefix, limit))
+    assert isinstance(generator, PromptPreview) and isinstance(generator, Warmable)
+    preview = generator.preview_prompt("Task: pick up the cup. Subtask: ")
+    assert not read
+    generator.generate("Pick up the cup.", {"base_0_rgb": PIXELS}, generation_prompt_format="Task: {task}. Subtask: ", max_generation_tokens=1)
+    assert preview["text"] == "Task: pick up the cup. Subtask: "
+    assert preview["token_ids"] == read[0].tokens[read[0].token_mask].tolist()
+    assert (preview["tokens"], preview["max_tokens"], preview["not_fitting"]) == (len(preview["token_ids"]), 200, "")
+    # No format is applied to what is finished already.
+    assert generator.preview_prompt("{task}")["text"] == "{task}"
+    long = generator.preview_prompt(LONG_PROMPT)
+    assert long["tokens"] == len(long["token_ids"]) > 200
+    assert long["not_fitting"] and LONG_PROMPT.endswith(long["not_fitting"])
 
 
 def test_a_shorter_limit_gives_a_prefix_of_the_longer_answer(generator: SubtaskGenerator) -> None:

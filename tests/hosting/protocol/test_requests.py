@@ -32,6 +32,7 @@ def test_own_keys_leave_the_observation() -> None:
         "endpoint": "infer",
         "session_id": 7,
         "reset": True,
+        "replan": True,
         "seed": np.int64(3),
         "deadline_ms": 50,
         "request_id": "r1",
@@ -39,7 +40,7 @@ def test_own_keys_leave_the_observation() -> None:
         "sampling_params": {"seed": 3},
     }
     before = dict(obs)
-    assert row(obs) == Row({"state": 1}, "7", True, 3, 50.0, {"request_id": "r1", "obs_index": 4})
+    assert row(obs) == Row({"state": 1}, "7", True, True, 3, 50.0, {"request_id": "r1", "obs_index": 4})
     assert obs == before
 
 

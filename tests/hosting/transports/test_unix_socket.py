@@ -10,9 +10,10 @@ import weakref
 import numpy as np
 import pytest
 
+from hosting.answers import MAX_UNFINISHED
 from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
-from hosting.policy import ConfigError
+from hosting.policy import ConfigError, MessageError
 from hosting.protocol import local_frame, msgpack_numpy
 from hosting.protocol.connection import Connection
 from hosting.protocol.messages import Message, MessageType
@@ -20,6 +21,7 @@ from hosting.routing import action_route
 from hosting.scheduler import SlotWorker
 from hosting.transports import unix_socket
 from hosting.transports.unix_socket import UnixSocketTransport, _Client, _Shared
+from tests.hosting.gated import Gated, turns, until
 from tests.hosting.protocol.fuzz import mutations
 from tests.hosting.transports.unix_support import LIMIT, SECONDS, RawClient, Script, framed, serving, socket_directory
 from tests.serving import EchoPolicy
@@ -45,7 +47,7 @@ async def action(path):
     endpoint = Endpoint("action", {"action": worker})
     policy = EchoPolicy()
     endpoint.open(action_route(policy), policy.metadata)
-    async with serving(path, lambda: Conversation(endpoint, Connection())) as transport:
+    async with serving(path, lambda: Conversation(endpoint, Connection(), transport="unix")) as transport:
         yield transport
     worker.close()
 
@@ -166,16 +168,17 @@ async def test_a_client_that_leaves_in_the_middle_of_a_message(script, path):
     assert script.asked == [b"whole", b"fine"]
 
 
-async def test_a_client_that_does_not_read_gets_one_answer_at_a_time(script, path):
+async def test_a_client_that_does_not_read_is_asked_nothing_more(script, path):
+    """What was under way when its first answer jammed is held for it, and one message behind that."""
     size = 8 << 20  # more than the socket's buffers take
     async with serving(path, lambda: script), RawClient(path) as lazy, RawClient(path) as other:
         lazy._writer.transport.pause_reading()
-        await lazy.send(framed(INFER, b"bytes %d" % size) * 3)
+        await lazy.send(framed(INFER, b"bytes %d" % size) * 6)
         for index in range(50):
             assert await other.ask(b"%d" % index) == (REPLY, b"%d" % index)
-        assert script.asked.count(b"bytes %d" % size) == 1
+        assert script.asked.count(b"bytes %d" % size) == MAX_UNFINISHED
         lazy._writer.transport.resume_reading()
-        for _ in range(3):
+        for _ in range(6):
             assert await lazy.read() == (REPLY, bytes(size))
 
 
@@ -190,6 +193,9 @@ async def test_an_observation_is_let_go_before_a_slow_client_has_read_its_answer
         def sent(self):
             written.set()
 
+        def close(self):
+            pass
+
     async with serving(path, Answers), RawClient(path) as lazy, RawClient(path) as other:
         lazy._writer.transport.pause_reading()
         await lazy.send(framed(INFER, bytes(400_000)))
@@ -201,13 +207,87 @@ async def test_an_observation_is_let_go_before_a_slow_client_has_read_its_answer
         assert (await lazy.read())[0] == REPLY
 
 
-async def test_a_conversation_that_raises_closes_its_own_connection_only(script, path, caplog):
-    async with serving(path, lambda: script), RawClient(path) as client, RawClient(path) as other:
-        await client.send(framed(INFER, b"raise"))
-        assert await client.read() is None
-        assert await other.ask(b"go on") == (REPLY, b"go on")
+async def test_a_conversation_that_raises_is_an_error_for_that_request_alone(script, path, caplog):
+    async with serving(path, lambda: script), RawClient(path) as client:
+        assert await client.ask(b"raise") == (ERROR, b"internal error; the server's log has it")
+        assert await client.ask(b"go on") == (REPLY, b"go on")
     (record,) = [record for record in caplog.records if record.exc_info]
-    assert record.exc_info[0] is RuntimeError and str(path) in record.getMessage()
+    assert record.exc_info[0] is RuntimeError
+
+
+async def test_an_answer_that_cannot_be_sent_closes_its_own_connection_only(script, path, caplog, monkeypatch):
+    def header(type: int, size: int) -> bytes:
+        raise MessageError("too large for its length field")
+
+    async with serving(path, lambda: script), RawClient(path) as client, RawClient(path) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(unix_socket, "header", header)
+            await client.send(framed(INFER, b"1") + framed(INFER, b"2"))
+            assert await client.read() is None
+        assert await other.ask(b"go on") == (REPLY, b"go on")
+    assert any(record.exc_info and str(path) in record.getMessage() for record in caplog.records)
+
+
+async def test_a_client_that_leaves_closes_its_conversation_once(path):
+    conversations: list[Gated] = []
+
+    def converse() -> Gated:
+        conversations.append(Gated())
+        return conversations[-1]
+
+    async with serving(path, converse), RawClient(path) as other:
+        async with RawClient(path) as client:
+            await client.send(b"".join(framed(INFER, body) for body in (b"runs", b"waits")))
+            await until(lambda: len(conversations) == 2 and len(conversations[1].held) == 2)
+            client.vanish()
+            await until(lambda: conversations[1].closed_count)
+        await until(lambda: len(conversations[1].cancelled) == 2)
+        await other.send(framed(INFER, b"x"))
+        await until(lambda: conversations[0].held)
+        assert [conversation.closed_count for conversation in conversations] == [0, 1]
+        conversations[0].let(b"x")
+        assert await other.read() == (REPLY, b"x")
+    assert [conversation.closed_count for conversation in conversations] == [1, 1]
+
+
+async def test_a_newer_request_reaches_the_conversation_while_an_older_one_is_under_way(path):
+    gated = Gated()
+    async with serving(path, lambda: gated), RawClient(path) as client:
+        await client.send(b"".join(framed(INFER, b"%d" % number) for number in range(6)))
+        await until(lambda: len(gated.held) == MAX_UNFINISHED)
+        gated.let(b"1")
+        await until(lambda: b"3" in gated.held)
+        assert b"4" not in gated.asked
+        for body in (b"3", b"2", b"0"):
+            gated.let(body)
+        await until(lambda: gated.held == [b"4", b"5"])
+        gated.let(b"5")
+        gated.let(b"4")
+        assert [await client.read() for _ in range(6)] == [(REPLY, b"%d" % number) for number in range(6)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_any_depth_and_any_order_of_completion(path, seed):
+    chance, gated = random.Random(seed), Gated()
+    count, sent, received = 300, 0, 0
+
+    async def let() -> None:
+        while received < count:
+            if gated.held:
+                gated.let(chance.choice(gated.held))
+            await turns(chance.randrange(1, 5))
+
+    async with serving(path, lambda: gated), RawClient(path) as client:
+        letting = asyncio.create_task(let())
+        while received < count:
+            for _ in range(min(chance.randrange(1, 9), count - sent)):
+                await client.send(framed(INFER, b"%d" % sent))
+                sent += 1
+            while received < sent and chance.random() < 0.8:
+                assert await client.read() == (REPLY, b"%d" % received)
+                received += 1
+        await letting
+    assert gated.sent_count == count
 
 
 # --- clients that break the rules ----------------------------------------------------------------------------------------------------
@@ -335,23 +415,20 @@ async def clock(monkeypatch):
     return ahead
 
 
-async def turns(count: int = 5) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-async def test_one_message_is_read_ahead(script):
+async def test_one_message_is_read_behind_those_that_are_under_way(script):
+    bodies = [b"hold %d" % number for number in range(MAX_UNFINISHED + 1)]
     with InMemory(script) as memory:
-        memory.receive(framed(INFER, b"hold 1"))
-        await turns()
-        assert not memory.transport.paused, "the next message may come meanwhile"
-        memory.receive(framed(INFER, b"2") + framed(INFER, b"3"))
+        for body in bodies[:-1]:
+            memory.receive(framed(INFER, body))
+            await turns()
+            assert not memory.transport.paused, "the next message may come meanwhile"
+        memory.receive(framed(INFER, bodies[-1]) + framed(INFER, b"last"))
         assert memory.transport.paused
         await turns()
-        assert script.asked == [b"hold 1"]
+        assert script.asked == bodies[:-1]
         script.gate.set()
         await turns()
-        assert script.asked == [b"hold 1", b"2", b"3"] and not memory.transport.paused
+        assert script.asked == [*bodies, b"last"] and not memory.transport.paused
         assert memory.transport.sent == b"".join(framed(REPLY, body) for body in script.asked)
 
 
@@ -401,21 +478,22 @@ async def test_a_message_may_take_long_as_long_as_something_comes(script, clock)
 
 
 async def test_a_client_that_is_not_read_does_not_stall(script, clock):
-    """Its bytes may be there; they wait behind the message that is read ahead."""
+    """Its bytes may be there; they wait behind the message that is read last."""
+    bodies = [b"hold %d" % number for number in range(MAX_UNFINISHED)]
     with InMemory(script) as memory:
-        memory.receive(framed(INFER, b"hold 1"))
+        memory.receive(b"".join(framed(INFER, body) for body in bodies))
         await turns()
-        second = framed(INFER, b"2")
-        memory.receive(second[:3])
-        memory.receive(second[3:] + framed(INFER, b"3")[:3])
+        behind, last = framed(INFER, b"behind"), framed(INFER, b"last")
+        memory.receive(behind[:3])
+        memory.receive(behind[3:] + last[:3])
         clock[0] += 1000
         await turns()
         assert memory.transport.paused and not memory.transport.sent
         script.gate.set()
         await turns()
-        memory.receive(framed(INFER, b"3")[3:])
+        memory.receive(last[3:])
         await turns()
-        assert memory.transport.sent == b"".join(framed(REPLY, body) for body in (b"hold 1", b"2", b"3"))
+        assert memory.transport.sent == b"".join(framed(REPLY, body) for body in (*bodies, b"behind", b"last"))
 
 
 async def test_a_stall_behind_a_request_under_way_is_told_after_its_answer(script, clock):
@@ -487,17 +565,34 @@ async def test_the_granted_buffers_are_logged_once(script, path, caplog):
 async def test_draining(script, path):
     async with serving(path, lambda: script) as transport, RawClient(path) as idle, RawClient(path) as busy:
         assert await idle.ask(b"x") == (REPLY, b"x")
-        await busy.send(framed(INFER, b"hold") + framed(INFER, b"not any more"))
-        await script.until_holding(1)
+        await busy.send(framed(INFER, b"hold") * MAX_UNFINISHED + framed(INFER, b"not any more"))
+        await script.until_holding(MAX_UNFINISHED)
         await transport.close_idle()
         assert await idle.read() is None
         async with RawClient(path) as late:
-            assert await late.ask(b"late") == (REPLY, b"late")
+            await late.send(framed(INFER, b"late") + framed(INFER, b"too late"))
+            assert await late.read() == (REPLY, b"late")
             assert await late.read() is None
         script.gate.set()
-        assert await busy.read() == (REPLY, b"hold")
+        for _ in range(MAX_UNFINISHED):
+            assert await busy.read() == (REPLY, b"hold")
         assert await busy.read() is None
-    assert b"not any more" not in script.asked
+    assert b"not any more" not in script.asked and b"too late" not in script.asked
+
+
+async def test_a_request_that_comes_in_a_drain_is_not_begun(path):
+    gated = Gated()
+    async with serving(path, lambda: gated) as transport, RawClient(path) as busy, RawClient(path) as other:
+        await busy.send(framed(INFER, b"begun"))
+        await other.send(framed(INFER, b"another's"))
+        await until(lambda: len(gated.held) == 2)
+        await transport.close_idle()
+        await busy.send(framed(INFER, b"not begun"))
+        gated.let(b"another's")
+        assert [await other.read(), await other.read()] == [(REPLY, b"another's"), None]  # by then the server has read it
+        gated.let(b"begun")
+        assert [await busy.read(), await busy.read()] == [(REPLY, b"begun"), None]
+    assert b"not begun" not in gated.asked
 
 
 async def test_close_lets_answers_go_out(script, path):

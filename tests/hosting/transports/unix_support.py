@@ -40,7 +40,7 @@ class Script:
         self.gate = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.holding = 0
-        self.sent_count = 0
+        self.sent_count = self.closed_count = 0
         self._changed = asyncio.Condition()
 
     async def answer(self, message: Message) -> Message:
@@ -65,6 +65,9 @@ class Script:
 
     def sent(self) -> None:
         self.sent_count += 1
+
+    def close(self) -> None:
+        self.closed_count += 1
 
     async def until_holding(self, count: int) -> None:
         async with asyncio.timeout(SECONDS), self._changed:

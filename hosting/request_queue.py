@@ -1,0 +1,221 @@
+"""What a slot serves next: the waiting calls of all clients, and the rules by which they go.
+
+Pure: time comes in, nothing blocks, no thread is known. The rules:
+
+- *newest wins*: of one flow at most one such call waits; a newer one takes its place, in the place it had;
+- *fairness*: flows are served in turn, one call each;
+- *priority*: what a robot waits for goes before what nobody waits for;
+- *batches*: the head is joined by calls of the same key, in the order of their turns;
+- *deadlines*: what is late is never begun;
+- *admission*: the queue is bounded, and one flow gets at most half of it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hosting.calls import Origin
+from hosting.policy import OverloadedError
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One call that waits.
+
+    Attributes:
+        origin: whose it is.
+        key: calls of equal keys can be served in one batch; None: by itself only.
+        item: whatever its owner wants back.
+        queued_s: when it was offered.
+    """
+
+    origin: Origin
+    key: Hashable | None
+    item: Any
+    queued_s: float
+
+    def expired(self, now_s: float) -> bool:
+        """Whether it may no longer be begun."""
+        return self.origin.deadline_s is not None and self.origin.deadline_s < now_s
+
+
+Rotation = OrderedDict[Hashable, deque[Ticket]]
+"""Flow → its calls; the flow whose turn is next comes first."""
+
+
+class RequestQueue:
+    """The calls that wait for one slot.
+
+    Args:
+        max_queue: how many requests may wait.
+        max_batch: most rows of a batch.
+        max_wait_s: how long a batch that is not full may be held for clients that were answered just now and are likely to ask again. A client
+            that is alone never waits.
+    """
+
+    def __init__(self, *, max_queue: int = 64, max_batch: int = 1, max_wait_s: float = 0.0) -> None:
+        self.max_queue = max_queue
+        self.max_batch = max_batch
+        self.max_wait_s = max_wait_s
+        self._foreground: Rotation = OrderedDict()
+        self._background: Rotation = OrderedDict()
+        self._timed: dict[Ticket, None] = {}  # those with a deadline
+        self._returning: dict[Hashable, float] = {}  # flow → until when it is expected
+        self._places: dict[Hashable, int] = {}
+        self._taken_places = 0
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def offer(self, ticket: Ticket) -> Ticket | None:
+        """Let ``ticket`` wait.
+
+        Returns:
+            The ticket that gives way to a newer one of its flow, if there is one; it may be ``ticket`` itself.
+
+        Raises:
+            OverloadedError: there is no room for it.
+        """
+        origin = ticket.origin
+        self._returning.pop(origin.flow, None)
+        tickets = self._rotation(ticket).get(origin.flow)
+        if origin.newest_wins and tickets is not None:
+            for index, waiting in enumerate(tickets):
+                if waiting.origin.newest_wins:
+                    if waiting.origin.order > origin.order:
+                        return ticket
+                    tickets[index] = ticket
+                    self._forget(waiting)
+                    self._count(ticket)
+                    return waiting
+        self._admit(ticket)
+        if tickets is None:
+            tickets = self._rotation(ticket)[origin.flow] = deque()
+        tickets.append(ticket)
+        self._count(ticket)
+        return None
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Take ``ticket`` out; returns whether it was still there."""
+        tickets = self._rotation(ticket).get(ticket.origin.flow)
+        if tickets is None or ticket not in tickets:
+            return False
+        self._drop(ticket)
+        return True
+
+    def expire(self, now_s: float) -> list[Ticket]:
+        """Take out what is late."""
+        late = [ticket for ticket in self._timed if ticket.expired(now_s)]
+        for ticket in late:
+            self._drop(ticket)
+        return late
+
+    def take(self, now_s: float) -> list[Ticket]:
+        """The next batch, taken out; empty where nothing waits or where it is worth holding (:meth:`wake_s`)."""
+        batch = self._next(now_s)
+        if not batch or self._hold_s(batch, now_s) is not None:
+            return []
+        for ticket in batch:
+            rotation, flow = self._rotation(ticket), ticket.origin.flow
+            self._drop(ticket)
+            if flow in rotation:
+                rotation.move_to_end(flow)
+        return batch
+
+    def wake_s(self, now_s: float) -> float | None:
+        """When to look again although nothing was offered: at the end of a hold or at a deadline; None: never."""
+        moments = [ticket.origin.deadline_s for ticket in self._timed if ticket.origin.deadline_s is not None]
+        if (batch := self._next(now_s)) and (hold_s := self._hold_s(batch, now_s)) is not None:
+            moments.append(hold_s)
+        return min(moments, default=None)
+
+    def answered(self, flows: Iterable[Hashable], now_s: float) -> None:
+        """These flows got their answers; whoever sends one observation after the other sends the next in a moment."""
+        if self.max_wait_s > 0:
+            self._returning = {flow: until_s for flow, until_s in self._returning.items() if until_s > now_s}
+            self._returning.update(dict.fromkeys(flows, now_s + self.max_wait_s))
+
+    def clear(self) -> list[Ticket]:
+        """Take out everything, in the order it would have been served one by one."""
+        tickets: list[Ticket] = []
+        for rotation in (self._foreground, self._background):
+            while rotation:
+                flow, waiting = next(iter(rotation.items()))
+                tickets.append(waiting[0])
+                self._drop(waiting[0])
+                if flow in rotation:
+                    rotation.move_to_end(flow)
+        return tickets
+
+    def _next(self, now_s: float) -> list[Ticket]:
+        """The batch whose turn it is; nothing is taken out."""
+        batch: list[Ticket] = []
+        for rotation in (self._foreground, self._background):
+            lanes = [iter(tickets) for tickets in rotation.values()]
+            while lanes:
+                served = []
+                for lane in lanes:
+                    ticket = next((ticket for ticket in lane if not ticket.expired(now_s)), None)
+                    if ticket is None or (batch and ticket.key != batch[0].key):
+                        continue
+                    batch.append(ticket)
+                    if ticket.key is None or len(batch) == self.max_batch:
+                        return batch
+                    served.append(lane)
+                lanes = served
+        return batch
+
+    def _hold_s(self, batch: list[Ticket], now_s: float) -> float | None:
+        """Until when ``batch`` is held for more to join it; None: it is not."""
+        if self.max_wait_s <= 0 or batch[0].key is None or len(batch) == self.max_batch:
+            return None
+        flows = {ticket.origin.flow for ticket in batch}
+        until_s = max((until_s for flow, until_s in self._returning.items() if flow not in flows), default=now_s)
+        if until_s <= now_s:
+            return None
+        missed = any(deadline_s is not None and now_s <= deadline_s <= until_s for deadline_s in (t.origin.deadline_s for t in self._timed))
+        return None if missed else until_s
+
+    def _admit(self, ticket: Ticket) -> None:
+        places, flow = ticket.origin.places, ticket.origin.flow
+        if not places:
+            return
+        if self._taken_places + places > self.max_queue:
+            raise OverloadedError(f"overloaded: {self._taken_places} requests are waiting already; try again later")
+        held = self._places.get(flow, 0)
+        if held + places > max(1, self.max_queue // 2):
+            raise OverloadedError(f"overloaded: {held} requests of this session are waiting already; wait for their answers")
+
+    def _rotation(self, ticket: Ticket) -> Rotation:
+        return self._background if ticket.origin.background else self._foreground
+
+    def _count(self, ticket: Ticket) -> None:
+        origin = ticket.origin
+        self._length += 1
+        self._taken_places += origin.places
+        if origin.places:
+            self._places[origin.flow] = self._places.get(origin.flow, 0) + origin.places
+        if origin.deadline_s is not None:
+            self._timed[ticket] = None
+
+    def _forget(self, ticket: Ticket) -> None:
+        origin = ticket.origin
+        self._length -= 1
+        self._taken_places -= origin.places
+        if origin.places:
+            self._places[origin.flow] -= origin.places
+            if not self._places[origin.flow]:
+                del self._places[origin.flow]
+        self._timed.pop(ticket, None)
+
+    def _drop(self, ticket: Ticket) -> None:
+        rotation = self._rotation(ticket)
+        tickets = rotation[ticket.origin.flow]
+        tickets.remove(ticket)
+        if not tickets:
+            del rotation[ticket.origin.flow]
+        self._forget(ticket)
