@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame, Opcode
+from websockets.frames import Opcode
 from websockets.protocol import State
 
 _BULK_BYTES = 4 * 1024
@@ -135,7 +135,14 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.conn.send_close(1007)
             self.handle_parser_exception()
             return
+        if not self._app_waits or self.read_paused:
+            super().send_receive_event_to_app()
+            return
+        # The parent would pause reading until the app takes the message, which is at once: spare two system calls.
+        self._app_waits = False
+        self.read_paused = True
         super().send_receive_event_to_app()
+        self.read_paused = False
 
     def send_keepalive_ping(self) -> None:
         if self.close_sent or self.transport.is_closing():
@@ -234,12 +241,9 @@ class BulkWebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         if not bulk.whole:
             return
         self._bulk = None
-        if self._app_waits and not self.close_sent:
-            # The parent would pause reading until the app takes the message, which is at once: spare two system calls.
-            self._app_waits = False
-            self.queue.put_nowait({"type": "websocket.receive", "bytes": cast(bytes, bulk.unmasked())})
-        else:
-            self.handle_bytes(Frame(Opcode.BINARY, bulk.unmasked()))
+        self.curr_msg_data_type = "bytes"
+        self.frames = [cast(bytes, bulk.unmasked())]
+        self.send_receive_event_to_app()
 
 
 def _bad_request(error: Exception | None) -> bytes:

@@ -123,6 +123,7 @@ class _Client(asyncio.BufferedProtocol):
     def __init__(self, conversation: Answering, shared: _Shared) -> None:
         self._conversation = conversation
         self._answers = Answers(conversation, self._send, self._moved)
+        self._answering: set[asyncio.Task[None]] = set()
         self._shared = shared
         self._loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = self._loop.create_future()
@@ -157,7 +158,8 @@ class _Client(asyncio.BufferedProtocol):
         self._shared.clients.discard(self)
         if self._answers.unsent:
             logger.debug("unix socket %s: a client left while it was being answered", self._shared.path)
-        self._answers.cancel()
+        for task in self._answering:
+            task.cancel()
         if self._timer is not None:
             self._timer.cancel()
         self.gone.set_result(None)
@@ -198,7 +200,9 @@ class _Client(asyncio.BufferedProtocol):
             if not self._answers.room or (self._shared.draining and self._answers.unsent):
                 self._pause_reading()
                 return
-            self._answers.ask(self._next)
+            task = self._loop.create_task(self._answers.begin(self._next))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
             self._next = None
         if self._reader.pending and self._timer is None:
             self._timer = self._loop.call_later(self._shared.stall_timeout_s, self._check_stall)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from hosting.answers import Answers
+from hosting.answers import MAX_UNFINISHED, Answers
 from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
 from hosting.failures import client_text
@@ -29,7 +29,7 @@ from hosting.policy import RequestError
 from hosting.protocol.connection import Connection
 from hosting.protocol.messages import Message as ProtocolMessage
 from hosting.protocol.messages import MessageType
-from hosting.protocol.profiles import ProfileName, ReplyShape, choose_profile
+from hosting.protocol.profiles import Profile, ProfileName, ReplyShape, choose_profile
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class WebSocketTransport:
         self._api_key = api_key
         self._profile: ProfileName = profile
         self._reply: ReplyShape | None = reply
-        # Connection → its client once greeted, whose requests under way are answered before the connection is closed.
-        self._clients: dict[WebSocket, _Client | None] = {}
+        self._clients: set[_Client] = set()
         self.app = Starlette(
             routes=[
                 Route("/healthz", self._health),
@@ -87,7 +86,7 @@ class WebSocketTransport:
 
     async def close_idle(self) -> None:
         """Close the conversations that wait for a request (the endpoint must be draining); the others close after their answers."""
-        await asyncio.gather(*[_close(websocket) for websocket, client in self._clients.items() if client is None or client.idle])
+        await asyncio.gather(*[_close(client.websocket) for client in self._clients if client.idle])
 
     async def _health(self, request: HTTPRequest) -> PlainTextResponse:
         if self._endpoint.ready:
@@ -118,128 +117,158 @@ class WebSocketTransport:
             await websocket.send_denial_response(PlainTextResponse(f"{text}\n", status_code=400))
             return
         await websocket.accept()
-        self._clients[websocket] = None
-        # Begun while the client is held, so that one that leaves before the slot is ready is forgotten at once.
-        receiving = asyncio.create_task(websocket.receive())
+        client = _Client(websocket, self._endpoint, profile, self._idle_timeout_s)
+        self._clients.add(client)
         try:
-            if await self._opened(receiving):
-                conversation = Conversation(self._endpoint, Connection(profile), transport="websocket")
-                try:
-                    await self._serve(websocket, conversation, receiving)
-                finally:
-                    conversation.close()
-        except _IdleError as idle:
-            logger.info("%s: closing an idle connection: %s", self._endpoint.slot, idle)
-            await _close(websocket, str(idle))
-        except (WebSocketDisconnect, OSError):
-            logger.debug("%s: a client left while it was greeted", self._endpoint.slot)
+            await client.converse()
         finally:
-            receiving.cancel()
-            del self._clients[websocket]
+            self._clients.discard(client)
             if self._endpoint.draining:
                 await _close(websocket)
-
-    async def _serve(self, websocket: WebSocket, conversation: Conversation, receiving: Awaitable[Message]) -> None:
-        try:
-            await _send(websocket, await conversation.hello())
-        except RequestError as error:
-            await websocket.send_text(client_text(error, slot=self._endpoint.slot))
-            await websocket.close(INTERNAL_ERROR, "this profile cannot be served; the reason is in the previous frame")
-            return
-        client = self._clients[websocket] = _Client(websocket, conversation, self._endpoint, self._idle_timeout_s)
-        await client.serve(receiving)
-
-    async def _opened(self, receiving: asyncio.Task[Message]) -> bool:
-        """Wait for the slot; returns whether there is one to talk to and the client is still there."""
-        opening = asyncio.create_task(self._endpoint.opened())
-        try:
-            await asyncio.wait([opening, receiving], return_when=asyncio.FIRST_COMPLETED)
-            if receiving.done() and receiving.result()["type"] == "websocket.disconnect":
-                return False
-            await opening
-        finally:
-            opening.cancel()
-        return not self._endpoint.draining
 
     def _authorized(self, request: HTTPConnection) -> bool:
         return self._api_key is None or hmac.compare_digest(_api_key(request).encode(), self._api_key.encode())
 
 
 class _Client:
-    """One client from its greeting on: what it sends is read while it is answered.
+    """One client. Several lanes read a message and answer it, over and over; while some answer, one reads.
 
     Args:
         idle_timeout_s: seconds without a request, while none is under way, until it is given up; None: it never is.
     """
 
-    def __init__(self, websocket: WebSocket, conversation: Conversation, endpoint: Endpoint, idle_timeout_s: float | None) -> None:
-        self._websocket = websocket
+    def __init__(self, websocket: WebSocket, endpoint: Endpoint, profile: Profile, idle_timeout_s: float | None) -> None:
+        self.websocket = websocket
         self._endpoint = endpoint
+        self._profile = profile
         self._idle_timeout_s = idle_timeout_s
-        self._patience = asyncio.timeout(idle_timeout_s)
+        self._loop = asyncio.get_running_loop()
+        # Begun while the client is held, so that one that leaves before the slot is ready is forgotten at once.
+        self._receiving: asyncio.Task[Message] | None = self._loop.create_task(websocket.receive())
+        self._answers: Answers | None = None
+        self._turn = asyncio.Lock()  # to read
         self._moved = asyncio.Event()
-        self._answers = Answers(conversation, self._send, self._moved.set)
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def idle(self) -> bool:
         """Whether it has got all its answers."""
-        return not self._answers.unsent
+        return self._answers is None or not self._answers.unsent
 
-    async def serve(self, receiving: Awaitable[Message]) -> None:
-        """Returns when the connection is closed, or has to be.
+    async def converse(self) -> None:
+        """From the upgrade on; returns when the connection is closed, or has to be."""
+        try:
+            if await self._opened():
+                conversation = Conversation(self._endpoint, Connection(self._profile), transport="websocket")
+                try:
+                    if await self._greeted(conversation):
+                        await self._serve(Answers(conversation, self._send, self._moved.set))
+                finally:
+                    conversation.close()
+        except _IdleError as idle:
+            logger.info("%s: closing an idle connection: %s", self._endpoint.slot, idle)
+            await _close(self.websocket, str(idle))
+        except (WebSocketDisconnect, OSError):
+            logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
+        finally:
+            if self._receiving is not None:
+                self._receiving.cancel()
 
-        Args:
-            receiving: its first message.
+    async def _opened(self) -> bool:
+        """Wait for the slot; returns whether there is one to talk to and the client is still there."""
+        assert self._receiving is not None
+        opening = asyncio.create_task(self._endpoint.opened())
+        try:
+            await asyncio.wait([opening, self._receiving], return_when=asyncio.FIRST_COMPLETED)
+            if self._receiving.done() and self._receiving.result()["type"] == "websocket.disconnect":
+                return False
+            await opening
+        finally:
+            opening.cancel()
+        return not self._endpoint.draining
+
+    async def _greeted(self, conversation: Conversation) -> bool:
+        try:
+            await _send(self.websocket, await conversation.hello())
+        except RequestError as error:
+            await self.websocket.send_text(client_text(error, slot=self._endpoint.slot))
+            await self.websocket.close(INTERNAL_ERROR, "this profile cannot be served; the reason is in the previous frame")
+            return False
+        return True
+
+    async def _serve(self, answers: Answers) -> None:
+        """Read and answer until there is no more to answer.
 
         Raises:
             _IdleError: no request came in time.
+            WebSocketDisconnect, OSError: the client left while it was being answered.
         """
+        self._answers = answers
+        self._wait_for_request()
+        # One lane for each request that may be under way, and one to read meanwhile. Less per request than a task for each.
+        lanes = [self._loop.create_task(self._lane(answers)) for _ in range(MAX_UNFINISHED + 1)]
         try:
-            async with self._patience:
-                await self._read(receiving)
-        except TimeoutError as error:
-            if not self._patience.expired():
-                raise
-            raise _IdleError(f"no request came for {self._idle_timeout_s:g} s") from error
+            await self._ended
         finally:
-            self._answers.cancel()
+            for lane in lanes:
+                lane.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
 
-    async def _read(self, receiving: Awaitable[Message]) -> None:
-        message = await receiving
-        while message["type"] == "websocket.receive":
-            while not self._answers.room:
-                self._moved.clear()
-                await self._moved.wait()
-            if not self._endpoint.draining:
-                self._patience.reschedule(None)
-                self._answers.ask(_received(message))
-            elif self.idle:
-                return  # it came just as close_idle() closes its connection
-            del message  # an observation is not kept until the next one comes
-            message = await self._websocket.receive()
+    async def _lane(self, answers: Answers) -> None:
+        try:
+            while True:
+                async with self._turn:
+                    message = await self._receive()
+                    if message["type"] != "websocket.receive":
+                        self._end()
+                        return
+                    while not answers.room:
+                        self._moved.clear()
+                        await self._moved.wait()
+                    if self._endpoint.draining:
+                        if not self.idle:
+                            continue
+                        self._end()  # it came just as close_idle() closes its connection
+                        return
+                    if self._timer is not None:
+                        self._timer.cancel()
+                    answering = answers.begin(_received(message))
+                    del message  # an observation is not kept until the next one comes
+                await answering
+        except Exception as error:  # noqa: BLE001 - _serve() raises it
+            self._end(error)
+
+    async def _receive(self) -> Message:
+        if self._receiving is None:
+            return await self.websocket.receive()
+        # Its result is that of this call alone: an observation is not kept as long as its connection.
+        receiving, self._receiving = self._receiving, None
+        return await receiving
 
     async def _send(self, answer: ProtocolMessage) -> None:
-        try:
-            await _send(self._websocket, answer)
-        except (WebSocketDisconnect, OSError):
-            logger.debug("%s: a client left while it was being answered", self._endpoint.slot)
-            self._give_up()
-        except Exception:
-            logger.exception("%s: an answer could not be sent; its connection is closed", self._endpoint.slot)
-            await _close(self._websocket, "the answer could not be sent", code=INTERNAL_ERROR)
-            self._give_up()
+        await _send(self.websocket, answer)
+        assert self._answers is not None
+        if self._answers.unsent > 1:
+            return
+        if self._endpoint.draining:
+            await _close(self.websocket)
         else:
-            if self._answers.unsent > 1:
-                return
-            if self._endpoint.draining:
-                await _close(self._websocket)
-            elif self._idle_timeout_s is not None:
-                self._patience.reschedule(asyncio.get_running_loop().time() + self._idle_timeout_s)
+            self._wait_for_request()
 
-    def _give_up(self) -> None:
-        """What still comes is read and dropped, up to the end."""
-        self._answers.cancel()
-        self._moved.set()
+    def _wait_for_request(self) -> None:
+        if self._idle_timeout_s is not None:
+            idle = _IdleError(f"no request came for {self._idle_timeout_s:g} s")
+            self._timer = self._loop.call_later(self._idle_timeout_s, self._end, idle)
+
+    def _end(self, error: Exception | None = None) -> None:
+        if self._ended.done():
+            return
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
 
 
 def _api_key(request: HTTPConnection) -> str:
@@ -264,10 +293,10 @@ async def _send(websocket: WebSocket, message: ProtocolMessage) -> None:
         await websocket.send_bytes(message.body)  # type: ignore[arg-type]
 
 
-async def _close(websocket: WebSocket, reason: str = "the server is shutting down", *, code: int = GOING_AWAY) -> None:
+async def _close(websocket: WebSocket, reason: str = "the server is shutting down") -> None:
     try:
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await websocket.close(code, reason)
+            await websocket.close(GOING_AWAY, reason)
     except TimeoutError:  # before OSError, which it is
         logger.info("a client does not read what it was sent; its connection ends without a close frame")
     except (RuntimeError, WebSocketDisconnect, OSError):

@@ -117,6 +117,7 @@ class EchoConversation:
     def __init__(self, server: LiveServer) -> None:
         self._server = server
         self.sent_count = self.closed_count = 0
+        self.closed = threading.Event()
         server.conversations.append(self)
 
     async def answer(self, message: Message) -> Message:
@@ -142,6 +143,7 @@ class EchoConversation:
 
     def close(self) -> None:
         self.closed_count += 1
+        self.closed.set()
 
 
 class LiveServer:

@@ -24,6 +24,7 @@ class Connection:
         self.flowing = asyncio.Event()
         self.flowing.set()
         self.sending = 0
+        self.tasks: list[asyncio.Task[None]] = []
         self.answers = Answers(self.conversation, self._send, self._moved)
 
     async def _send(self, answer: Message) -> None:
@@ -38,7 +39,7 @@ class Connection:
 
     def ask(self, *bodies: bytes) -> None:
         for body in bodies:
-            self.answers.ask(Message(MessageType.INFER, body))
+            self.tasks.append(asyncio.create_task(self.answers.begin(Message(MessageType.INFER, body))))
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ async def test_an_observation_is_kept_no_longer_than_until_it_is_answered(connec
     body = np.zeros(1000, np.uint8)
     seen = weakref.ref(body)
     connection.ask(b"slow")
-    connection.answers.ask(Message(MessageType.INFER, body.data))
+    answering = asyncio.create_task(connection.answers.begin(Message(MessageType.INFER, body.data)))
     asked = bytes(body)
     del body
     await turns()
@@ -112,36 +113,42 @@ async def test_an_observation_is_kept_no_longer_than_until_it_is_answered(connec
     await turns()
     assert not connection.sent and seen() is None
     connection.conversation.let(b"slow")
+    await answering
     await turns()
     assert connection.sent == [b"slow", b"done"]
 
 
-async def test_a_cancelled_connection_begins_nothing_and_sends_nothing(connection):
+async def test_what_is_cancelled_is_not_begun_and_not_sent(connection):
     connection.ask(b"1", b"2")
     await turns()
     connection.ask(b"not begun")
     connection.conversation.let(b"2")
-    connection.answers.cancel()
-    await turns()
-    connection.ask(b"too late")
+    for task in connection.tasks:
+        task.cancel()
     await turns()
     assert connection.conversation.asked == [b"1", b"2"] and b"1" in connection.conversation.cancelled
-    assert not connection.sent and connection.answers.room
+    assert not connection.sent
 
 
 async def test_a_connection_that_breaks_as_an_answer_is_sent_is_sent_no_other():
-    conversation = Gated(open=True)
+    conversation = Gated()
     sent = []
 
     async def send(answer: Message) -> None:
         sent.append(bytes(answer.body))
-        answers.cancel()
+        raise ConnectionResetError
 
     answers = Answers(conversation, send, lambda: None)
-    for body in (b"1", b"2"):
-        answers.ask(Message(MessageType.INFER, body))
+    first, second, third = (asyncio.create_task(answers.begin(Message(MessageType.INFER, b"%d" % number))) for number in range(3))
     await turns()
-    assert sent == [b"1"]
+    conversation.let(b"1")
+    await second
+    conversation.let(b"0")
+    with pytest.raises(ConnectionResetError):
+        await first
+    conversation.let(b"2")
+    await third
+    assert sent == [b"0"]
 
 
 async def test_a_conversation_that_raises_is_an_error_for_that_request_alone(connection, caplog):

@@ -378,14 +378,15 @@ async def test_a_connection_that_is_closed_but_never_emptied_is_dropped(how):
     await connection.end()
 
 
-async def test_reading_goes_on_without_a_pause_while_the_app_waits():
+@pytest.mark.parametrize("size", [100, 65536])
+async def test_reading_goes_on_without_a_pause_while_the_app_waits(size):
     connection = InMemory(BulkWebSocketProtocol)
     await connection.ready()
     for _ in range(3):
-        await connection.feed(frame(Opcode.BINARY, NOISE[:100_000]))
+        await connection.feed(frame(Opcode.BINARY, NOISE[:size]))
         await connection.settle()
     assert len(connection.events) == 3 and connection.transport.pauses == 0
-    await connection.feed(2 * frame(Opcode.BINARY, NOISE[:65536]))
+    await connection.feed(2 * frame(Opcode.BINARY, NOISE[:size]))
     assert connection.transport.paused, "the second came before the app could take the first"
     await connection.settle()
     assert len(connection.events) == 5 and not connection.transport.paused

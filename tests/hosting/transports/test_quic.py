@@ -147,6 +147,35 @@ def test_a_client_that_leaves_has_its_answers_cancelled():
         assert server.cancelled.wait(TIMEOUT_S)
 
 
+def test_each_conversation_is_closed_once_when_its_connection_has_ended():
+    with serving() as server:
+        leaving, staying = link_to(server), link_to(server)
+        for link in (leaving, staying):
+            ask(link, b"x")
+        gone, kept = server.conversations
+        leaving.close()
+        assert gone.closed.wait(TIMEOUT_S)
+        assert ask(staying, b"still here") == digest(b"still here")
+        assert (gone.closed_count, kept.closed_count) == (1, 0)
+    assert (gone.closed_count, kept.closed_count) == (1, 1)
+
+
+def test_an_endpoint_that_breaks_down_closes_its_conversations():
+    def break_down(now: float) -> None:
+        raise RuntimeError("a bug of ours")
+
+    with LiveServer() as server:
+        link = link_to(server)
+        ask(link, b"x")
+        (conversation,) = server.conversations
+        server.transport._order(break_down)
+        assert conversation.closed.wait(TIMEOUT_S)
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            server.wait(asyncio.wait_for(server.transport.failed, TIMEOUT_S))
+        link.close()
+    assert conversation.closed_count == 1
+
+
 @pytest.mark.parametrize("extra", [1, 500_000])
 def test_a_request_over_the_limit_is_refused_and_the_connection_goes_on(extra):
     with serving() as server:
