@@ -7,7 +7,7 @@ plan and one refresh, whatever happens. The rules:
 - a plan becomes the session's only if it is for its newest task, from no older an observation than the one it replaces, and if the session was
   not reset since;
 - a refresh that waits for the planner gives way to one from a newer observation; one that runs is waited for;
-- after a failure the planner is left alone until the next interval.
+- after a failure the planner is left alone until the next interval, and nobody waits for it until it has answered again.
 """
 
 from __future__ import annotations
@@ -171,6 +171,12 @@ class Cadence:
         if self.max_age_s is not None and now_s - plan.basis.observed_s > self.max_age_s:
             return None
         return plan
+
+    def forgoes(self, memory: SessionPlan, now_s: float) -> bool:
+        """Whether the planner failed lately: then a request acts without a subtask rather than wait for the next failure."""
+        if self.refresh == "every_request" or memory.error is None:
+            return False
+        return memory.refresh is not None or now_s - memory.refreshed_s <= 2 * self.interval_s
 
     def due(self, memory: SessionPlan, basis: Basis, now_s: float) -> bool:
         """Whether a refresh starts from this observation, beside the request that acts on the current plan."""

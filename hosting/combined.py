@@ -11,7 +11,17 @@ from hosting.cadence import Basis, Cadence, Plan, Refresh, SessionPlan
 from hosting.calls import Background, Origin, SlotCall, Steps
 from hosting.failures import client_text
 from hosting.observer import Observer
-from hosting.policy import Observation, PlannerError, PlannerPolicy, Policy, Reply, RequestError, SupersededError, UnavailableError
+from hosting.policy import (
+    Observation,
+    PlannerError,
+    PlannerPolicy,
+    Policy,
+    PromptTooLongError,
+    Reply,
+    RequestError,
+    SupersededError,
+    UnavailableError,
+)
 from hosting.routing import ActionCalls, PlannerCalls, RequestMode, request_mode, run, without_mode
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, PromptSettings, parse_action_prompt_template
 from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
@@ -20,6 +30,9 @@ OnFailure = Literal["use_task", "fail"]
 
 _SERVED: frozenset[RequestMode] = frozenset({"default", "subtask_only", "action_only"})
 _EVERY_REQUEST = Cadence()
+
+MAX_TASK_CHARS = 1 << 14
+"""More than any prompt that fits a model has. A session remembers its task, also one that the planner refuses."""
 
 
 class CombinedPolicy:
@@ -108,17 +121,22 @@ class CombinedPolicy:
         if mode == "action_only":
             return (yield self._act(observation, **sampling))
         task = prompt_text(obs, getattr(self.action, "default_prompt", None), remedy=SEND_OR_SET_DEFAULT)
+        if len(task) > MAX_TASK_CHARS:
+            raise PromptTooLongError(f"prompt: has {len(task)} characters, expected at most {MAX_TASK_CHARS}; shorten it")
         settings = self._live.current if self._live is not None else None
         now_s = self._clock()
         memory, basis = _place(origin, task, settings, now_s)
         memory.observe(basis)
 
+        use_task = mode == "default" and self._on_failure == "use_task"
         plan: Plan | None = None
         if mode == "default" and not (origin is not None and origin.replan):
             plan = self._cadence.usable(memory, basis, now_s)
+            if plan is None and use_task and self._cadence.forgoes(memory, now_s):
+                plan = memory.fallback(basis, {"text": "", "ms": 0.0, "error": memory.error})
         waited = plan is None
         if plan is None:
-            plan = yield from self._planned(memory, basis, observation, use_task=mode == "default" and self._on_failure == "use_task")
+            plan = yield from self._planned(memory, basis, observation, use_task=use_task)
         elif self._cadence.due(memory, basis, now_s):
             yield self._refresh(memory, basis, observation)
 

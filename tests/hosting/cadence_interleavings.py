@@ -360,7 +360,10 @@ class World:
             self.check(self.cadence.on_task_change == "keep" and task != request.task, "an old task where none is kept")
         if "mark" not in subtask:
             self.outcome.counts["without a plan"] += 1
-            self.check(text == "" and "error" in subtask and subtask["waited"], "no plan, and no error that says so")
+            self.check(text == "" and "error" in subtask, "no plan, and no error that says so")
+            forgone = self.cadence.refresh == "async" and request.mode == "default" and not request.origin.replan
+            self.check(subtask["waited"] or forgone, "neither a plan, nor waited for one")
+            self.outcome.counts["did without"] += not subtask["waited"]
             self.check((used, subtask["source_index"]) == (settings, request.origin.index), "a fallback that is not the request's own")
             return
         self.check_plan(request, subtask, used, task)

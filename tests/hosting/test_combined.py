@@ -187,6 +187,15 @@ def test_a_wrong_request_and_a_busy_planner_are_no_planner_failures(error: Excep
     assert action.asked == []
 
 
+def test_a_task_is_not_remembered_whatever_its_length() -> None:
+    action, planner, robot = Action(), Planner(), Session("a", 0, 0.0, 0.0)
+    combined = CombinedPolicy(planner, action)
+    assert combined.infer({**OBS, "prompt": "x" * 16384})
+    with pytest.raises(PromptTooLongError, match=r"^prompt: has 16385 characters, expected at most 16384; shorten it$"):
+        next(combined.steps({**OBS, "prompt": "x" * 16385}, origin=Origin(robot.plan, "a", 0, 0.0)))
+    assert len(planner.asked) == 1 and robot.plan._task is None
+
+
 def test_a_failing_action_policy_fails_the_request() -> None:
     class Broken(Action):
         def infer(self, obs: Mapping[str, Any], /, **sampling: Any) -> Reply:
@@ -505,6 +514,42 @@ def test_a_planner_that_fails_a_waiting_request_keeps_the_plan_before() -> None:
     assert (failed["text"], failed["revision"], failed["source_index"], failed["waited"]) == ("", 1, 1, True) and robot.told == "tidy"
     after = robot.infer()
     assert (after["text"], after["error"]) == ("step 1", failed["error"]) and len(robot.seen.used) == 2
+
+
+def test_a_planner_that_fails_is_waited_for_once_and_then_asked_beside_the_robot_until_it_answers() -> None:
+    robot = Robot()
+    first = robot.infer(planner_error=PlannerError("broken"))
+    assert (first["text"], first["waited"]) == ("", True)
+    second = robot.infer()
+    assert (second["text"], second["waited"], second["error"], second["revision"]) == ("", False, first["error"], 0) and robot.told == "tidy"
+    assert robot.beside == []
+    robot.now_s += 1.0
+    assert not robot.infer()["waited"]
+    robot.end(PlannerError("still broken"))
+    robot.now_s += 1.0
+    third = robot.infer()
+    assert not third["waited"] and third["error"] != first["error"]
+    robot.end()
+    served = robot.infer()
+    assert served["text"] and not served["waited"] and "error" not in served
+
+
+def test_a_failure_of_long_ago_is_no_reason_to_do_without() -> None:
+    robot = Robot()
+    robot.infer(planner_error=PlannerError("broken"))
+    robot.now_s += 2.5
+    served = robot.infer()
+    assert served["text"] and served["waited"]
+
+
+def test_whoever_asks_for_a_plan_or_wants_failures_waits_for_the_planner_that_fails() -> None:
+    robot = Robot()
+    robot.infer(planner_error=PlannerError("broken"))
+    assert robot.infer(replan=True, planner_error=PlannerError("broken"))["waited"]
+    strict = Robot(on_failure="fail")
+    for _ in range(2):
+        with pytest.raises(PlannerError):
+            strict.infer(planner_error=PlannerError("broken"))
 
 
 def test_a_superseded_request_says_nothing_of_the_planner() -> None:
