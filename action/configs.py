@@ -1,6 +1,6 @@
 """The named policy configurations: what a checkpoint was trained for and its weights do not say (reference/embodiments.md §2).
 
-Names and values are openpi's. Dimensions are not here: they are read off the checkpoint.
+Names and values are openpi's, but for the demo's. Dimensions are not here: they are read off the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from action.embodiments import Aloha, Droid, Embodiment, Libero
+from action.embodiments import Aloha, Droid, Embodiment, Libero, Table
 from action.embodiments.delta import Mask, delta_mask
 from pi0.errors import ConfigError
 from pi0.param_tree import ModelKind
@@ -93,9 +93,11 @@ CONFIGS: dict[str, PolicyConfig] = {
         _pi0("pi0_libero_low_mem_finetune", _LIBERO, _LIBERO_ASSET, 50, delta_mask=_LIBERO_DELTA),
         # pi0.5 weights that were trained on pi0's prompt: no state reaches this model.
         _pi05("pi05_libero", _LIBERO, _LIBERO_ASSET, 10, discrete_state_input=False),
+        # Not openpi's: the demo's simulated robot.
+        _pi05("pi05_table", Table(), "table", 12),
     )
 }
-"""Name → configuration, for every pi0 and pi0.5 config of openpi that can be served."""
+"""Name → configuration, for every pi0 and pi0.5 config of openpi that can be served, and for the demo."""
 
 _FAST_CONFIGS = (
     "pi0_fast_droid",

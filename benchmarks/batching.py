@@ -200,9 +200,9 @@ def show(title: str, cells: Mapping[tuple[str, int], Cell], alone: Mapping[int, 
 
 def main() -> None:
     options = arguments(__doc__)
-    rounds, seconds = (1, 0.6) if options.quick else (5, 2.0)
+    rounds, seconds = (1, 0.5) if options.quick else (5, 2.0)
     cases = dict(list(CASES.items())[:1]) if options.quick else CASES
-    print(machine(), f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}", sep=", ")
+    print(machine(), *(f"{name} {os.environ.get(name, 'not set')}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")), sep=", ")
     figures, goals = {}, []
     for name, case in cases.items():
         cells, alone = measure(case, rounds, seconds)

@@ -160,7 +160,7 @@ def goals_of(rows: Mapping[str, Mapping[str, float]], who: str) -> list[Goal]:
 
 def main() -> None:
     options = arguments(__doc__)
-    rounds, block_s, crew_rounds, crew_block_s = (3, 3.5, 2, 2.0) if options.quick else (12, 10.0, 6, 10.0)
+    rounds, block_s, crew_rounds, crew_block_s = (3, 3.2, 2, 2.0) if options.quick else (12, 10.0, 6, 10.0)
     print(machine())
     with running(partial(serve, "async")) as (beside, _), running(partial(serve, "every_request")) as (before, _):
         addresses = {ASYNC: beside["action"], EVERY_REQUEST: before["action"]}

@@ -27,7 +27,7 @@ _HOST: Final = re.compile(r"(?:\[(?P<ipv6>[^\]]*)\]|(?P<name>[^:]*))(?::[0-9]*)?
 
 
 class AccessMiddleware:
-    """Refuses what may not be asked, before anything is routed.
+    """Refuses what may not be asked, before anything is routed. HEAD is taken for GET, as some probes send it; the server leaves the body out.
 
     Args:
         app: what answers the rest.
@@ -40,6 +40,8 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if scope.get("method") == "HEAD":  # FastAPI's routes have GET alone
+            scope = {**scope, "method": "GET"}
         await (refusal or self._app)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, Final, cast
 
 from fastapi import HTTPException, Request, Response
@@ -14,8 +15,12 @@ from pydantic_core import ErrorDetails
 from hosting import strict_json
 from hosting.config_problems import shown, validation_problems
 
-MAX_BODY_BYTES: Final = 1 << 18
+MAX_BODY_BYTES: Final = 1 << 16
+"""Room for both templates at their longest, every character escaped. A body is parsed on the event loop, while robots wait."""
 
+BODY_TIMEOUT_S: Final = 10.0
+
+_TOLD_PROBLEMS: Final = 20
 _JSON: Final = "application/json"
 
 
@@ -28,6 +33,14 @@ class _StrictRequest(Request):
                 raise HTTPException(413, f"body: has more than {MAX_BODY_BYTES} bytes; shorten it")
             yield chunk
 
+    async def body(self) -> bytes:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await super().body()
+        except TimeoutError:
+            # The rest may still come, and is no next request.
+            raise HTTPException(408, f"body: has not come within {BODY_TIMEOUT_S:g} s; send it again", {"Connection": "close"}) from None
+
     async def json(self) -> Any:
         body = await self.body()
         try:
@@ -39,8 +52,9 @@ class _StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route whose body, where it takes one, must say that it is JSON (415), be at most ``MAX_BODY_BYTES`` long (413) and give no name twice;
-    what is wrong with a request is told in the words of the configuration's errors, one line per problem (422)."""
+    """A route whose body, where it takes one, must say that it is JSON (415), be at most ``MAX_BODY_BYTES`` long (413), come within
+    ``BODY_TIMEOUT_S`` (408) and give no name twice; what is wrong with a request is told in the words of the configuration's errors, one line
+    per problem (422)."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -54,9 +68,14 @@ class StrictRoute(APIRoute):
             try:
                 return await handler(_StrictRequest(request.scope, request.receive))
             except RequestValidationError as error:
-                raise HTTPException(422, "\n".join(line for detail in error.errors() for line in _problems(detail, model))) from None
+                raise HTTPException(422, "\n".join(_told(error.errors(), model))) from None
 
         return handle
+
+
+def _told(details: Sequence[ErrorDetails], model: type[BaseModel] | None) -> list[str]:
+    lines = [line for detail in details[:_TOLD_PROBLEMS] for line in _problems(detail, model)]
+    return lines if len(details) <= _TOLD_PROBLEMS else [*lines, f"and {len(details) - _TOLD_PROBLEMS} more problems"]
 
 
 def _problems(detail: ErrorDetails, model: type[BaseModel] | None) -> list[str]:

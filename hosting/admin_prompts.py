@@ -135,6 +135,7 @@ class Refusal(BaseModel):
 _ETAG_HEADER: Final[dict[str, Any]] = {"ETag": {"description": "Names these settings, for `If-Match`.", "schema": {"type": "string"}}}
 _OK: Final[dict[int | str, dict[str, Any]]] = {200: {"headers": _ETAG_HEADER}}
 _BAD_BODY: Final[dict[int | str, dict[str, Any]]] = {
+    408: {"model": Refusal, "description": "The body does not come."},
     413: {"model": Refusal, "description": "The body is too long."},
     415: {"model": Refusal, "description": "The body does not say that it is JSON."},
     422: {"model": Refusal, "description": "The body, or a value in it, is wrong."},

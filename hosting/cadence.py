@@ -86,15 +86,17 @@ class SessionPlan:
         refresh: the background call under way.
         refreshed_s: when the planner was last asked, in the foreground or beside a request.
         error: why the last answer failed to come, for the client; None once one came.
+        failing: whether that was the planner's own failure: not where it was busy, or the observation was wrong.
     """
 
-    __slots__ = ("_order", "_over", "_revisions", "_task", "current", "error", "refresh", "refreshed_s")
+    __slots__ = ("_order", "_over", "_revisions", "_task", "current", "error", "failing", "refresh", "refreshed_s")
 
     def __init__(self, revisions: Iterator[int] | None = None) -> None:
         self.current: Plan | None = None
         self.refresh: Refresh | None = None
         self.refreshed_s = -math.inf
         self.error: str | None = None
+        self.failing = False
         self._task: str | None = None
         self._order = -math.inf
         self._revisions = revisions or itertools.count(1)
@@ -122,13 +124,13 @@ class SessionPlan:
         """The planner's answer as a plan. It becomes the current one if it still can."""
         plan = Plan(basis, subtask, next(self._revisions))
         if self.takes(basis):
-            self.current, self.error = plan, None
+            self.current, self.error, self.failing = plan, None, False
         return plan
 
-    def failed(self, basis: Basis, error: str) -> None:
-        """The planner gave none from ``basis``; ``error`` is what clients are told until it gives one."""
+    def failed(self, basis: Basis, error: str, *, failing: bool = True) -> None:
+        """The planner gave none from ``basis``; ``error`` is what clients are told until it gives one, ``failing`` whether it is the planner's."""
         if self._succeeds(basis):
-            self.error = error
+            self.error, self.failing = error, failing
 
     def fallback(self, basis: Basis, subtask: Mapping[str, Any]) -> Plan:
         """What is acted on instead of a plan that failed to come."""
@@ -174,7 +176,7 @@ class Cadence:
 
     def forgoes(self, memory: SessionPlan, now_s: float) -> bool:
         """Whether the planner failed lately: then a request acts without a subtask rather than wait for the next failure."""
-        if self.refresh == "every_request" or memory.error is None:
+        if self.refresh == "every_request" or not memory.failing:
             return False
         return memory.refresh is not None or now_s - memory.refreshed_s <= 2 * self.interval_s
 

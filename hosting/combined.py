@@ -192,7 +192,7 @@ class CombinedPolicy:
             case SupersededError():
                 self._observer.refreshed("superseded")
             case Exception():
-                memory.failed(basis, client_text(answer, slot="planner"))
+                memory.failed(basis, client_text(answer, slot="planner"), failing=not isinstance(answer, RequestError | UnavailableError))
                 self._observer.refreshed("failed")
             case BaseException():
                 pass  # cancelled: the slot is being closed

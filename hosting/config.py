@@ -51,6 +51,8 @@ _COMPILE_MODES: Final[tuple[CompileMode, ...]] = get_args(CompileMode)
 def _usable(text: str) -> str:
     if not text.strip():
         raise ValueError("is blank; give a value or leave the field out")
+    if "\0" in text:  # JSON can spell it; neither a path nor a name can have it
+        raise ValueError(f"{shown(text)} has a NUL character; remove it")
     if LONE_SURROGATE.search(text):
         raise ValueError(f"{shown(text)} is not valid Unicode; remove the bytes or escapes that do not belong there")
     return text

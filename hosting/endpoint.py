@@ -127,7 +127,7 @@ class Endpoint:
                     try:
                         obs = await self._with_images(obs, paths, decoded_bytes)
                     except RequestError as error:
-                        raise of_row(error, index, count) from error
+                        raise of_row(error, index, count) from None
                     decoded_bytes += jpeg.image_bytes(obs, paths)
                 routes.append((self._route(obs, seed=row.seed, origin=origin), origin))
             if request.batched:

@@ -28,7 +28,7 @@ class Observer:
         """A call was refused because the slot's queue was full."""
 
     def refreshed(self, outcome: str) -> None:
-        """A background refresh of a subtask ended: ``ok``, ``stale`` (dropped: another task or a reset came meanwhile), ``superseded`` or ``failed``."""
+        """A background refresh of a subtask ended: ``ok``, ``stale`` (another task or a reset came meanwhile), ``superseded`` or ``failed``."""
 
     def subtask_used(self, age_s: float, *, waited: bool) -> None:
         """An action request was answered with a subtask planned from an observation ``age_s`` old."""

@@ -4,7 +4,8 @@ Pure: time comes in, nothing blocks, no thread is known. The rules:
 
 - *newest wins*: of one flow at most one such call waits; a newer one takes its place, in the place it had;
 - *fairness*: flows are served in turn, one call each;
-- *priority*: what a robot waits for goes before what nobody waits for;
+- *priority*: what a robot waits for goes before what nobody waits for; a call that was set aside goes by itself, when no other robot waits, but not
+  for ever;
 - *batches*: the head is joined by calls of the same key, in the order of their turns;
 - *deadlines*: what is late is never begun;
 - *admission*: the queue is bounded, and one flow gets at most half of it.
@@ -30,12 +31,14 @@ class Ticket:
         key: calls of equal keys can be served in one batch; None: by itself only.
         item: whatever its owner wants back.
         queued_s: when it was offered.
+        aside_until_s: until then it goes, by itself, behind all others that a robot waits for, and from then on before them; None: in its turn.
     """
 
     origin: Origin
     key: Hashable | None
     item: Any
     queued_s: float
+    aside_until_s: float | None = None
 
     def expired(self, now_s: float) -> bool:
         """Whether it may no longer be begun."""
@@ -61,7 +64,9 @@ class RequestQueue:
         self.max_batch = max_batch
         self.max_wait_s = max_wait_s
         self._foreground: Rotation = OrderedDict()
+        self._aside: Rotation = OrderedDict()
         self._background: Rotation = OrderedDict()
+        self._rotations = (self._foreground, self._aside, self._background)
         self._timed: dict[Ticket, None] = {}  # those with a deadline
         self._returning: dict[Hashable, float] = {}  # flow → until when it is expected
         self._places: dict[Hashable, int] = {}
@@ -82,22 +87,56 @@ class RequestQueue:
         """
         origin = ticket.origin
         self._returning.pop(origin.flow, None)
-        tickets = self._rotation(ticket).get(origin.flow)
-        if origin.newest_wins and tickets is not None:
-            for index, waiting in enumerate(tickets):
-                if waiting.origin.newest_wins:
-                    if waiting.origin.order > origin.order:
-                        return ticket
-                    tickets[index] = ticket
-                    self._forget(waiting)
-                    self._count(ticket)
-                    return waiting
-        self._admit(ticket)
-        if tickets is None:
-            tickets = self._rotation(ticket)[origin.flow] = deque()
-        tickets.append(ticket)
+        waiting = self._rival(ticket)
+        if waiting is None:
+            self._admit(ticket)
+            self._append(ticket)
+            return None
+        if waiting.origin.order > origin.order:
+            return ticket
+        tickets = self._rotation(waiting)[origin.flow]
+        if tickets is self._rotation(ticket).get(origin.flow):
+            tickets[tickets.index(waiting)] = ticket
+            self._forget(waiting)
+            self._count(ticket)
+        else:
+            self._drop(waiting)
+            self._append(ticket)
+        return waiting
+
+    def _rival(self, ticket: Ticket) -> Ticket | None:
+        """The call that gives way to ``ticket``, or to which it gives way itself."""
+        if not ticket.origin.newest_wins:
+            return None
+        rotations = (self._background,) if ticket.origin.background else (self._foreground, self._aside)
+        tickets = (waiting for rotation in rotations for waiting in rotation.get(ticket.origin.flow, ()))
+        return next((waiting for waiting in tickets if waiting.origin.newest_wins), None)
+
+    def _append(self, ticket: Ticket) -> None:
+        self._rotation(ticket).setdefault(ticket.origin.flow, deque()).append(ticket)
         self._count(ticket)
-        return None
+
+    def make_room(self, ticket: Ticket) -> Ticket | None:
+        """Take out what nobody waits for where the queue has no room for ``ticket``, which is about to be offered and which somebody waits for.
+
+        Returns:
+            The background call whose turn is last; None: there is room, or nothing to take out would make any.
+        """
+        origin = ticket.origin
+        if origin.background or not origin.places or self._taken_places + origin.places <= self.max_queue:
+            return None
+        if self._rival(ticket) is not None:
+            return None  # one of the two gives way
+        if self._places.get(origin.flow, 0) + origin.places > self._share:
+            return None
+        last = next((tickets[-1] for tickets in reversed(self._background.values()) if tickets[-1].origin.places), None)
+        if last is not None:
+            self._drop(last)
+        return last
+
+    def waiting(self) -> list[Ticket]:
+        """All that wait, flow by flow."""
+        return [ticket for rotation in self._rotations for tickets in rotation.values() for ticket in tickets]
 
     def remove(self, ticket: Ticket) -> bool:
         """Take ``ticket`` out; returns whether it was still there."""
@@ -142,7 +181,7 @@ class RequestQueue:
     def clear(self) -> list[Ticket]:
         """Take out everything, in the order it would have been served one by one."""
         tickets: list[Ticket] = []
-        for rotation in (self._foreground, self._background):
+        for rotation in self._rotations:
             while rotation:
                 flow, waiting = next(iter(rotation.items()))
                 tickets.append(waiting[0])
@@ -153,17 +192,20 @@ class RequestQueue:
 
     def _next(self, now_s: float) -> list[Ticket]:
         """The batch whose turn it is; nothing is taken out."""
+        for tickets in self._aside.values():
+            if (aside := tickets[0]).aside_until_s is not None and aside.aside_until_s <= now_s and not aside.expired(now_s):
+                return [aside]
         batch: list[Ticket] = []
-        for rotation in (self._foreground, self._background):
+        for rotation in self._rotations:
             lanes = [iter(tickets) for tickets in rotation.values()]
             while lanes:
                 served = []
                 for lane in lanes:
                     ticket = next((ticket for ticket in lane if not ticket.expired(now_s)), None)
-                    if ticket is None or (batch and ticket.key != batch[0].key):
+                    if ticket is None or (batch and (ticket.key != batch[0].key or rotation is self._aside)):
                         continue
                     batch.append(ticket)
-                    if ticket.key is None or len(batch) == self.max_batch:
+                    if ticket.key is None or len(batch) == self.max_batch or rotation is self._aside:
                         return batch
                     served.append(lane)
                 lanes = served
@@ -187,11 +229,18 @@ class RequestQueue:
         if self._taken_places + places > self.max_queue:
             raise OverloadedError(f"overloaded: {self._taken_places} requests are waiting already; try again later")
         held = self._places.get(flow, 0)
-        if held + places > max(1, self.max_queue // 2):
+        if held + places > self._share:
             raise OverloadedError(f"overloaded: {held} requests of this session are waiting already; wait for their answers")
 
+    @property
+    def _share(self) -> int:
+        """Places that one flow may have."""
+        return max(1, self.max_queue // 2)
+
     def _rotation(self, ticket: Ticket) -> Rotation:
-        return self._background if ticket.origin.background else self._foreground
+        if ticket.origin.background:
+            return self._background
+        return self._foreground if ticket.aside_until_s is None else self._aside
 
     def _count(self, ticket: Ticket) -> None:
         origin = ticket.origin

@@ -94,14 +94,20 @@ async def run_together_on(workers: Mapping[Slot, SlotWorker], routes: Sequence[t
     rows = [asyncio.ensure_future(run_on(workers, steps, origin)) for steps, origin in routes]
     try:
         await asyncio.wait(rows, return_when=asyncio.FIRST_EXCEPTION)
-        for index, row in enumerate(rows):
-            if row.done() and (error := row.exception()) is not None:
+        for index, error in enumerate([row.exception() if row.done() else None for row in rows]):
+            if error is not None:
                 raise of_row(error, index, len(rows))
         return [row.result() for row in rows]
     finally:
-        for row in rows:
-            row.cancel()
-        await asyncio.gather(*rows, return_exceptions=True)
+        await _give_up(rows)
+        # An error's frames hold the observations; in a circle with it they would keep them until the garbage collector comes by.
+        rows, error = [], None
+
+
+async def _give_up(rows: Sequence[asyncio.Task[Reply]]) -> None:
+    for row in rows:
+        row.cancel()
+    await asyncio.gather(*rows, return_exceptions=True)
 
 
 def of_row(error: E, row: int, count: int) -> E:

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -32,6 +32,14 @@ T = TypeVar("T")
 
 _SAMPLE_STEP = 997
 """Two arrays are compared in full only if every so many of their values are equal."""
+
+_SUSPECT_S = 10.0
+"""How long a flow whose call made a batch fail is served by itself: everybody in such a batch is served twice."""
+
+_ASIDE_S = 1.0
+"""How long a call of such a flow gives way to others."""
+
+_MAX_SUSPECTS = 1024
 
 _CLOCK_STEP_S = 1e-4
 """A deadline is over when the clock is beyond it."""
@@ -58,7 +66,7 @@ class _Row:
 class _Outcome:
     """A row's reply or error; the model took ``infer_s`` for all ``rows`` that were served with it."""
 
-    result: Reply | BaseException
+    result: Reply | _Raised
     infer_s: float
     rows: int
 
@@ -112,9 +120,10 @@ class SlotWorker:
         self._closed = False
         self._free = True
         self._due = False
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Callable[[], None], asyncio.Future[Any]]] = deque()
         self._rows: list[_Row] = []  # of the batch that runs
         self._begun_s = 0.0
+        self._suspects: dict[Hashable, float] = {}  # flow → until when
         self._stuck = False
         self._watching: asyncio.TimerHandle | None = None
         self._alarm: asyncio.TimerHandle | None = None
@@ -152,7 +161,7 @@ class SlotWorker:
         self._refuse_if_closed()
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[T] = loop.create_future()
-        self._jobs.append(lambda: _post(loop, self._done, outcome, _attempt(job)))
+        self._jobs.append((lambda: _post(loop, self._done, outcome, _attempt(job)), outcome))
         self._next()
         return await outcome
 
@@ -181,10 +190,15 @@ class SlotWorker:
                 answer.cancel()
                 if self._queue.remove(ticket):
                     self._next()  # the others may have been held for it
+            else:
+                answer.exception()  # heard of, also where the caller was cancelled just then
+            # An error's frames hold the observation; where they hold the error too, only the garbage collector lets go of it.
+            del ticket, answer
 
     def serve_beside(self, background: Background, origin: Origin) -> None:
-        """``background.call`` in its turn, behind everything that a robot waits for. Returns at once."""
-        beside = dataclasses.replace(origin, flow=(origin.flow, "beside"), deadline_s=None, newest_wins=True, background=True, places=1, served=[])
+        """``background.call`` in its turn, behind everything that a robot waits for; where the queue is full, it makes room. Returns at once."""
+        # The rows of a batched request are one flow but many sessions, and a session's refresh gives way to none but its own next one.
+        beside = dataclasses.replace(origin, flow=origin.plan, deadline_s=None, newest_wins=True, background=True, places=1, served=[])
         try:
             ticket = self._submit(background.call, beside, background.begun)
         except (OverloadedError, DrainingError) as error:
@@ -193,13 +207,14 @@ class SlotWorker:
             _waiting(ticket).answer.add_done_callback(lambda answer: background.done(_result(answer)))
 
     def close(self) -> None:
-        """Take no new calls; returns at once. Calls that wait are cancelled, the one that runs is left to finish."""
+        """Take no new calls; returns at once. What waits is cancelled, what runs is left to finish."""
         if self._closed:
             return
         self._closed = True
         for ticket in self._queue.clear():
             _waiting(ticket).answer.cancel()
-        self._jobs.clear()
+        while self._jobs:
+            self._jobs.popleft()[1].cancel()
         for timer in (self._watching, self._alarm):
             if timer is not None:
                 timer.cancel()
@@ -208,11 +223,17 @@ class SlotWorker:
     def _submit(self, call: SlotCall, origin: Origin, begun: Callable[[], None] | None) -> Ticket:
         self._refuse_if_closed()
         waiting = _Waiting(call, asyncio.get_running_loop().create_future(), begun)
-        ticket = Ticket(origin, call.together.key if call.together else None, waiting, self._clock())
+        now_s = self._clock()
+        ticket = Ticket(origin, call.together.key if call.together else None, waiting, now_s)
+        if self._suspects.get(origin.flow, 0.0) > now_s:
+            ticket.key, ticket.aside_until_s = None, now_s + _ASIDE_S
         if row := _asking_the_same(self._rows, call.question):
             self._observer.shared()
             _begin(ticket, row)
             return ticket
+        if (refresh := self._queue.make_room(ticket)) is not None:
+            self._observer.overloaded(self.slot)
+            _settle(refresh, OverloadedError(f"the {self.slot} is overloaded: a refresh made room for a request that a robot waits for"))
         try:
             given_way = self._queue.offer(ticket)
         except OverloadedError as error:
@@ -251,7 +272,7 @@ class SlotWorker:
         if self._free:
             if self._jobs:
                 self._free = False
-                self._work.put(self._jobs.popleft())
+                self._work.put(self._jobs.popleft()[0])
             elif tickets := self._queue.take(now_s):
                 self._start(tickets, now_s)
         if self._alarm is not None:
@@ -270,6 +291,11 @@ class SlotWorker:
             else:
                 self._observer.shared()
             _begin(ticket, row)
+        for ticket in self._queue.waiting():
+            if row := _asking_the_same(rows, _waiting(ticket).call.question):
+                self._queue.remove(ticket)
+                self._observer.shared()
+                _begin(ticket, row)
         self._free, self._rows, self._begun_s = False, rows, now_s
         loop = asyncio.get_running_loop()
         if self._watch.stuck_after_s is not None:
@@ -277,9 +303,8 @@ class SlotWorker:
         calls = [row.call for row in rows]
 
         def work() -> None:
-            outcomes = _serve(calls, self._clock)
+            _post(loop, self._finished, _serve(calls, self._clock))
             calls.clear()
-            _post(loop, self._finished, outcomes)
 
         self._work.put(work)
 
@@ -291,6 +316,7 @@ class SlotWorker:
             logger.warning("%s: the model call that was stuck has returned after %.1f s", self.slot, self.running_s)
             self._stuck = False
         rows, self._rows, self._free = self._rows, [], True
+        now_s = self._clock()
         for count in [len(rows)] if outcomes[0].rows == len(rows) else [1] * len(rows):
             self._observer.batch(self.slot, count)
         flows = []
@@ -299,10 +325,22 @@ class SlotWorker:
                 served = Served(self.slot, max(0.0, self._begun_s - ticket.queued_s), outcome.infer_s, outcome.rows)
                 ticket.origin.served.append(served)
                 self._observer.served(served)
-                flows.append(ticket.origin.flow)
-                _settle(ticket, outcome.result)
-        self._queue.answered(flows, self._clock())
+                if not ticket.origin.background:  # nobody asks again because of it
+                    flows.append(ticket.origin.flow)
+                if isinstance(outcome.result, _Raised):
+                    if (len(rows) > 1 or ticket.origin.flow in self._suspects) and ticket.origin.newest_wins:
+                        self._suspect(ticket.origin.flow, now_s)
+                    _settle(ticket, outcome.result.error)
+                else:
+                    _settle(ticket, outcome.result)
+        self._queue.answered(flows, now_s)
         self._next()
+
+    def _suspect(self, flow: Hashable, now_s: float) -> None:
+        if len(self._suspects) >= _MAX_SUSPECTS:
+            self._suspects = {suspect: until_s for suspect, until_s in self._suspects.items() if until_s > now_s}
+        if len(self._suspects) < _MAX_SUSPECTS:
+            self._suspects[flow] = now_s + _SUSPECT_S
 
     def _done(self, outcome: asyncio.Future[Any], result: Any) -> None:
         """What :meth:`run` was given is done."""
@@ -338,7 +376,7 @@ class SlotWorker:
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    error: BaseException
+    error: Exception
 
 
 def _run_all(work: SimpleQueue[Callable[[], None] | None]) -> None:
@@ -359,11 +397,13 @@ def _post(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args:
 def _attempt(job: Callable[[], T]) -> T | _Raised:
     try:
         return job()
-    except StopIteration:
-        # No future can hold it: its caller would wait for ever.
-        return _Raised(RuntimeError("StopIteration was raised where nothing iterates"))
     except BaseException as error:  # noqa: BLE001 - handed to the caller; the thread serves the next call
-        return _Raised(error)
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            return _Raised(error)
+        # On the event loop a SystemExit would end the process and a CancelledError look like a client that leaves; no future holds a StopIteration.
+        raised = RuntimeError(f"{type(error).__name__} was raised where it means nothing")
+        raised.__cause__ = error
+        return _Raised(raised)
 
 
 def _serve(calls: Sequence[SlotCall], clock: Callable[[], float]) -> list[_Outcome]:
@@ -376,12 +416,14 @@ def _serve(calls: Sequence[SlotCall], clock: Callable[[], float]) -> list[_Outco
         if not isinstance(replies, _Raised):
             return [_Outcome(reply, infer_s, len(calls)) for reply in replies]
         logger.info("a batch of %d failed (%s); serving its requests one by one", len(calls), type(replies.error).__name__)
-    outcomes = []
-    for call in calls:
-        begun_s = clock()
-        reply = _attempt(call.call)
-        outcomes.append(_Outcome(reply.error if isinstance(reply, _Raised) else reply, clock() - begun_s, 1))
-    return outcomes
+        del replies  # as below
+    return [_serve_alone(call, clock) for call in calls]
+
+
+def _serve_alone(call: SlotCall, clock: Callable[[], float]) -> _Outcome:
+    begun_s = clock()
+    # No name for the outcome here or in the callers: an error keeps their frames, and in a circle with it they would keep the observation.
+    return _Outcome(_attempt(call.call), clock() - begun_s, 1)
 
 
 def _serve_together(together: Together, rows: Sequence[Any]) -> Sequence[Reply]:

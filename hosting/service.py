@@ -124,13 +124,17 @@ class Service:
                     logger.info("%s (after %.1f s)", self.ready_line(), time.perf_counter() - started_s)
                     self.ready.set()
                     await self._stop.wait()
-                return await self._drain() or self._exit_code
+                code = await self._drain() or self._exit_code
             finally:
                 for endpoint in self._endpoints.values():
                     endpoint.close()
                 await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
                 for worker in self._workers.values():
                     worker.close()
+        if self._handle_signals and any(worker.running for worker in self._workers.values()):
+            # A refresh that nobody waits for, or a call that is stuck. A thread that comes back to an interpreter that is ending aborts the process.
+            _exit_now(code)
+        return code
 
     @property
     def stopping(self) -> bool:

@@ -42,12 +42,12 @@ class SettingsFile:
     """A JSON file with the history of the prompt settings, the revision in force last. Nobody else may write it while the service runs.
 
     Args:
-        path: the file; it need not exist, its directory must.
+        path: the file, ``~`` for the user's home; it need not exist, its directory must.
         field: the configuration's name of the path.
     """
 
     def __init__(self, path: Path, *, field: str = "admin.settings_file") -> None:
-        self.path = path
+        self.path = Path(os.path.expanduser(path))
         self._field = field
         self._known: tuple[int, int, int] | None = None
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
+_SHOWN_DIGITS = 20
+
 
 class StrictJSONError(ValueError):
-    """The text is JSON to the standard parser but not to us: a name given twice, or ``NaN``. One readable line."""
+    """The text is JSON but nothing that a setting can be: a name given twice, ``NaN``, an endless number. One readable line."""
 
 
 def loads(text: str | bytes) -> Any:
     """Parse ``text``.
 
     Raises:
-        StrictJSONError: a name occurs twice in an object, a number is not finite, or it is nested too deeply.
+        StrictJSONError: a name occurs twice in an object, a number is not finite or has thousands of digits, or it is nested too deeply.
         json.JSONDecodeError: it is not JSON.
         UnicodeDecodeError: it is not UTF-8, UTF-16 or UTF-32.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_integer, parse_constant=_no_constant)
     except RecursionError:
         raise StrictJSONError("nested too deeply") from None
 
@@ -27,11 +29,19 @@ def loads(text: str | bytes) -> Any:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # JSON can spell half a character (a lone surrogate), which no name has; escaped, the name can at least be reported.
     pairs = [(name.encode("utf-8", "backslashreplace").decode(), value) for name, value in pairs]
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise StrictJSONError(f"{min(name for name in found if names.count(name) > 1)}: given twice in one object; keep one")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise StrictJSONError(f"{name}: given twice in one object; keep one")
+        found[name] = value
     return found
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads at most 4300, as the work grows with their square
+        raise StrictJSONError(f"{digits[:_SHOWN_DIGITS]}… has {len(digits)} digits; write a smaller number") from None
 
 
 def _no_constant(name: str) -> NoReturn:

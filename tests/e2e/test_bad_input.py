@@ -81,6 +81,14 @@ REQUESTS: list[tuple[str, str, bytes | str, Expected]] = [
     ("text that is not UTF-8", "action", b"\x81\xa6prompt\xa1\xff", NOT_MSGPACK),
     ("nested too deeply", "action", nested(5000), NOT_MSGPACK),
     ("a map said to be huge", "planner", b"\xdf\xff\xff\xff\xff", NOT_MSGPACK),
+    ("a session that is half a number", "action", pack(good(session_id=1.5)), "session_id: got 1.5, expected text or a whole number"),
+    ("a session without a name", "planner", pack(good(session_id="")), "session_id: has 0 characters, expected 1 to 256"),
+    ("several sessions", "action", pack(good(session_ids=["a", "b"])), "session_ids: goes with endpoint reset; an observation has one session_id"),
+    ("a deadline in the past", "action", pack(good(deadline_ms=-1)), "deadline_ms: got -1, expected a number of milliseconds above 0"),
+    ("a deadline in words", "planner", pack(good(deadline_ms="soon")), "deadline_ms: got 'soon', expected a number of milliseconds above 0"),
+    ("replanning perhaps", "action", pack(good(replan="maybe")), "replan: got 'maybe', expected true or false"),
+    ("a reset of yes", "planner", pack(good(reset=1)), "reset: got 1, expected true or false"),
+    ("a seed below nothing", "action", pack(good(seed=-1)), "seed: got -1, expected a whole number from 0 to 2**63 - 1"),
     ("a list", "action", pack([1, 2]), "the request is a list, expected a map of observation keys to values"),
     ("nothing", "action", pack(None), "the request is a NoneType, expected a map of observation keys to values"),
     ("a bare array", "planner", pack(PIXELS), "the request is a ndarray, expected a map of observation keys to values"),
@@ -310,7 +318,8 @@ PLANNER = {"checkpoint_dir": "/ckpt"}
 FROM_FILE = " (file robot.json)"
 PLANNER_FIELDS = (
     "an object with the fields checkpoint_dir, max_generation_tokens, generation_prompt_format, action_prompt_template, tokenizer, dtype, "
-    "allowed_tokens, missing_cameras, on_failure, on_long_prompt or null as JSON"
+    "allowed_tokens, missing_cameras, on_failure, on_long_prompt, refresh, interval_s, max_age_s, on_task_change, timeout_s, scheduler "
+    "or null as JSON"
 )
 
 
@@ -412,6 +421,42 @@ CONFIGS: list[tuple[str, Any, dict[str, str], list[str], str]] = [
         f"planner.generation_prompt_format: has 3006 characters, at most 2000 are allowed; shorten it{FROM_FILE}",
     ),
     (
+        "more rows than the planner has programs for",
+        planner_with(scheduler={"max_batch": 16}),
+        {},
+        [],
+        f"planner.scheduler.max_batch: expected an integer 1…8, got 16{FROM_FILE}",
+    ),
+    (
+        "a scheduler's field in the wrong section",
+        planner_with(max_batch=2),
+        {},
+        [],
+        "planner.max_batch: unknown field (file robot.json); known here: " + PLANNER_FIELDS.split("fields ")[1].split(" or null")[0],
+    ),
+    (
+        "a deadline of none",
+        action_with(),
+        {},
+        ["--set", "action.scheduler.deadline_ms=0"],
+        "action.scheduler.deadline_ms: expected a number above 0 or null, got 0 (flag)",
+    ),
+    (
+        "NUL in a path",
+        action_with(checkpoint_dir="/ck\0pt"),
+        {},
+        [],
+        f'action.checkpoint_dir: "/ck\\u0000pt" has a NUL character; remove it{FROM_FILE}',
+    ),
+    (
+        "an admin port for everybody",
+        {**action_with(), "admin": {"host": "::"}},
+        {},
+        [],
+        "admin.api_key: missing, and admin.host :: can be reached from other machines, where anybody could edit prompts; set a key, or leave "
+        "admin.host at 127.0.0.1",
+    ),
+    (
         "too many tokens",
         planner_with(max_generation_tokens=257),
         {},
@@ -430,7 +475,7 @@ CONFIGS: list[tuple[str, Any, dict[str, str], list[str], str]] = [
         action_with(),
         {"OPENPI_ADMIN__PORT": "eighty"},
         [],
-        'admin.port: expected an integer 0…65535, got "eighty" (environment OPENPI_ADMIN__PORT)',
+        'admin.port: expected an integer 0…65535 or null, got "eighty" (environment OPENPI_ADMIN__PORT)',
     ),
     ("text for a section", action_with(), {"OPENPI_PLANNER": "/ckpt"}, [], f'OPENPI_PLANNER: expected {PLANNER_FIELDS}, got "/ckpt"'),
     ("a flag without a value", action_with(), {}, ["--set", "host"], "--set host: expected FIELD=VALUE, e.g. action.dtype=float32"),

@@ -14,7 +14,7 @@ import pytest
 from hosting.admin import create_admin_app
 from hosting.admin_bodies import MAX_BODY_BYTES
 from hosting.settings_file import SettingsFile
-from hosting.templates import LiveSettings, PromptSettings
+from hosting.templates import MAX_TEMPLATE_CHARS, LiveSettings, PromptSettings
 
 DEFAULTS = {
     "generation_prompt_format": "Task: {task}. Subtask: ",
@@ -125,6 +125,13 @@ async def test_probes(admin: httpx.AsyncClient, service: Service, states: dict[s
     assert (reply.status_code, reply.json()) == (code, {"ready": code == 200})
 
 
+@pytest.mark.parametrize("path", [*PROBES, "/metrics", "/config"])
+async def test_head_is_answered_as_get(admin: httpx.AsyncClient, service: Service, path: str) -> None:
+    service.slots = {"action": "ready", "planner": "stuck"}
+    got, head = await admin.get(path), await admin.head(path)
+    assert (head.status_code, head.headers) == (got.status_code, got.headers)
+
+
 async def test_metrics_are_passed_on_as_they_are(admin: httpx.AsyncClient, connect: Connect) -> None:
     reply = await admin.get("/metrics")
     assert (reply.content, reply.headers["content-type"]) == (b"tandem_sessions 3\n", "text/plain; version=0.0.4; charset=utf-8")
@@ -222,7 +229,8 @@ async def test_refused_with_the_reason(admin: httpx.AsyncClient, settings: LiveS
         ("", NOT_AN_OBJECT + "nothing"),
         ('{"max_generation_tokens": 5, "max_generation_tokens": 6}', "max_generation_tokens: given twice in one object; keep one"),
         ('{"max_generation_tokens": NaN}', "NaN is not a JSON number; write a finite one"),
-        ("[" * 100_000, "nested too deeply"),
+        ('{"max_generation_tokens": ' + "9" * 5000 + "}", "99999999999999999999… has 5000 digits; write a smaller number"),
+        ("[" * 50_000, "nested too deeply"),
         (b'{"generation_prompt_format": "\xff{task}"}', "body: not UTF-8 text (byte 30); send it as UTF-8"),
     ],
 )
@@ -231,6 +239,20 @@ async def test_refused_body(admin: httpx.AsyncClient, settings: LiveSettings, co
     reply = await patch(admin, content)
     assert (reply.status_code, reply.json()) == (422, {"detail": detail})
     assert settings.current is before
+
+
+async def test_of_many_problems_the_first_are_told(admin: httpx.AsyncClient) -> None:
+    reply = await patch(admin, json.dumps({f"field {i}": i for i in range(1000)}))
+    lines = reply.json()["detail"].splitlines()
+    assert (reply.status_code, len(lines), lines[-1]) == (422, 21, "and 980 more problems")
+    assert lines[0].startswith("field 0: unknown field; ")
+
+
+async def test_the_longest_templates_fit_however_they_are_spelt(admin: httpx.AsyncClient) -> None:
+    filler = "\U0001f916" * (MAX_TEMPLATE_CHARS - len("{subtask}"))
+    longest = {"generation_prompt_format": filler + "{task}", "action_prompt_template": filler + "{subtask}"}
+    reply = await patch(admin, json.dumps(longest, ensure_ascii=True))
+    assert (reply.status_code, reply.json()) == (200, {**DEFAULTS, **longest, "revision": 2})
 
 
 async def test_a_long_body_is_not_read_to_its_end(admin: httpx.AsyncClient, settings: LiveSettings) -> None:
@@ -245,6 +267,18 @@ async def test_a_long_body_is_not_read_to_its_end(admin: httpx.AsyncClient, sett
     reply = await admin.patch("/config", content=long(), headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()) == (413, {"detail": f"body: has more than {MAX_BODY_BYTES} bytes; shorten it"})
     assert sent <= 2 * MAX_BODY_BYTES
+    assert settings.current.revision == 1
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(admin: httpx.AsyncClient, settings: LiveSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stalled() -> Any:
+        yield b'{"max_generation_tokens": '
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("hosting.admin_bodies.BODY_TIMEOUT_S", 0.0)
+    reply = await admin.patch("/config", content=stalled(), headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()) == (408, {"detail": "body: has not come within 0 s; send it again"})
+    assert reply.headers["connection"] == "close"
     assert settings.current.revision == 1
 
 
@@ -548,7 +582,7 @@ async def test_openapi_describes_it(admin: httpx.AsyncClient) -> None:
         assert field["examples"]
         assert "default" not in field
     assert schema["paths"]["/config"]["patch"]["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
-    assert set(schema["paths"]["/config"]["patch"]["responses"]) == {"200", "403", "412", "413", "415", "422", "500"}
+    assert set(schema["paths"]["/config"]["patch"]["responses"]) == {"200", "403", "408", "412", "413", "415", "422", "500"}
     for path, methods in schema["paths"].items():
         for method in methods.values():
             assert method["summary"], path

@@ -488,6 +488,18 @@ def test_a_failing_refresh_leaves_the_plan_in_use_and_says_so(caplog: pytest.Log
     assert "error" not in robot.infer() and robot.seen.refreshes == ["failed", "ok"]
 
 
+@pytest.mark.parametrize("error", [OverloadedError("overloaded"), ObservationError("images: none")])
+def test_a_refresh_that_was_refused_is_told_and_is_no_reason_not_to_wait(error: Exception) -> None:
+    robot = Robot()
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    robot.end(error)
+    assert robot.infer()["error"] == str(error)
+    changed = robot.infer("sweep")
+    assert changed["waited"] and changed["text"] == "step 2" and "error" not in changed
+
+
 def test_an_answer_that_is_none_is_a_failed_refresh() -> None:
     robot = Robot()
     robot.infer()

@@ -331,6 +331,10 @@ class TestMalformedFile:
                 "(file robot.json)",
             ),
             (
+                {"action": ACTION, "admin": {"settings_file": "a\0b"}},
+                'admin.settings_file: "a\\u0000b" has a NUL character; remove it (file robot.json)',
+            ),
+            (
                 {"action": ACTION, "action_transport": None},
                 "action_transport: expected an object with the fields websocket_port, quic_port, unix_socket_path, got null (file robot.json)",
             ),

@@ -127,6 +127,9 @@ async def test_jpeg_cameras_reach_the_policy_as_images_of_its_layout(worker: Slo
         await serve(endpoint, {"cam": large})
     with pytest.raises(ObservationError, match=r"^batch\[1\]: cam: the JPEG images decode to more than 192 bytes"):
         await serve(endpoint, {"batch": [{"cam": small}, {"cam": small}]})
+    with pytest.raises(ObservationError, match=r"^cam: the JPEG images decode to more than 192 bytes") as error:
+        await serve(endpoint, {"batch": [{"cam": large}]})
+    assert error.value.__cause__ is None
 
 
 async def test_a_batch_has_one_reply_with_a_leading_axis(worker: SlotWorker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from hosting.calls import Served, Slot
 from hosting.metrics import CONTENT_TYPE, MODES, OUTCOMES, Metrics
 from hosting.observer import Observer
 
+ROOT = Path(__file__).parents[2]
 BOTH: tuple[Slot, ...] = ("action", "planner")
 
 
@@ -176,6 +178,20 @@ def test_the_page() -> None:
     assert types["tandem_requests_total"] == "counter" and types["tandem_queue_seconds"] == "histogram" and types["tandem_sessions"] == "gauge"
 
 
+def test_the_documentation_lists_all_of_them() -> None:
+    rows = re.findall(r"^\| (`tandem_[^|]+) \| (counter|gauge|histogram) \| ([^|]*)\|", (ROOT / "docs/admin.md").read_text(), re.MULTILINE)
+    told = {(name, kind, frozenset(re.findall(r"`(\w+)`", labels))) for names, kind, labels in rows for name in re.findall(r"`(\w+)`", names)}
+    suffix = {"counter": "_total", "gauge": "", "histogram": ""}
+    families = text_string_to_metric_families(metrics().render()[0].decode())
+    served = {
+        (family.name + suffix[family.type], family.type, frozenset(sample.labels) - {"le"})
+        for family in families
+        for sample in family.samples
+        if family.name.startswith("tandem_")
+    }
+    assert told == served
+
+
 def test_two_services_in_one_process_count_apart() -> None:
     one, other = metrics(), metrics()
     one.shared()
@@ -189,5 +205,5 @@ def test_it_hears_everything_that_an_observer_is_told() -> None:
 
 def test_the_base_install_does_not_need_prometheus_client() -> None:
     code = "import sys, hosting.observer, hosting.cli, hosting.clients.client; print('prometheus_client' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100, cwd=ROOT)
     assert done.stdout.strip() == "False"

@@ -132,6 +132,16 @@ def test_a_full_queue_refuses_at_once_and_stays_as_it_is():
     assert served(queue) == [["a1"], ["b1"], ["c1"]]
 
 
+def test_being_refused_gives_no_turn():
+    queue = RequestQueue(max_queue=2)
+    offer(queue, ticket("a1"), ticket("b1"))
+    with pytest.raises(OverloadedError):
+        queue.offer(ticket("c1"))
+    queue.clear()
+    offer(queue, ticket("d1"), ticket("c2"))
+    assert served(queue) == [["d1"], ["c2"]]
+
+
 @pytest.mark.parametrize(("max_queue", "half"), [(1, 1), (2, 1), (3, 1), (5, 2), (64, 32)])
 def test_one_flow_gets_half_of_the_queue(max_queue: int, half: int):
     queue = RequestQueue(max_queue=max_queue)
@@ -329,6 +339,14 @@ def test_a_batch_is_held_for_the_one_who_was_answered_last():
     assert queue.wake_s(10.25) == 10.75
     assert queue.take(10.5) == []
     assert names(queue.take(10.75)) == ["a1"]
+
+
+def test_somebody_else_who_is_answered_does_not_end_the_hold():
+    queue = holding(max_batch=4)
+    queue.answered("c", 10.25)
+    offer(queue, ticket("c1", key="k"))
+    assert queue.wake_s(10.25) == 10.5
+    assert queue.take(10.25) == []
 
 
 def test_a_full_batch_is_not_held():
@@ -596,3 +614,42 @@ def test_a_broken_queue_is_found_and_shown_in_few_steps(broken: type[RequestQueu
     assert failure(limits, few, broken) is not None
     assert failure(limits, few) is None, "the queue itself does them right"
     assert len(few) <= 8, few
+
+
+class TestAside:
+    """Calls that go behind the others for a while: of clients whose last ones made a batch fail."""
+
+    def test_they_go_alone_behind_what_robots_wait_for_and_before_what_nobody_waits_for(self) -> None:
+        queue = RequestQueue(max_batch=4)
+        for waiting in (aside("x1", 9.0), aside("y1", 9.0), ticket("z1", background=True, key="k"), ticket("a1", key="k"), ticket("b1", key="k")):
+            assert queue.offer(waiting) is None
+        assert [[t.item for t in queue.take(0.0)] for _ in range(5)] == [["a1", "b1", "z1"], ["x1"], ["y1"], [], []]
+
+    def test_in_time_they_go_first(self) -> None:
+        queue = RequestQueue(max_batch=4)
+        queue.offer(aside("x1", 9.0))
+        queue.offer(ticket("a1", key="k"))
+        assert [[t.item for t in queue.take(9.0)] for _ in range(2)] == [["x1"], ["a1"]]
+
+    def test_newest_wins_between_both_kinds_of_one_flow_also_in_a_full_queue(self) -> None:
+        queue = RequestQueue(max_queue=1)
+        old, new, newest = (
+            aside("x1", 9.0, order=1, newest_wins=True),
+            ticket("x2", order=2, newest_wins=True),
+            aside("x3", 9.0, order=3, newest_wins=True),
+        )
+        assert [queue.offer(old), queue.offer(new), queue.offer(newest), queue.offer(new)] == [None, old, new, new]
+        assert queue.take(0.0) == [newest] and len(queue) == 0
+
+    def test_they_can_be_cancelled_expire_and_are_cleared(self) -> None:
+        queue = RequestQueue()
+        cancelled, late, left = aside("x1", 9.0), aside("y1", 9.0, deadline_s=1.0), aside("z1", 9.0)
+        for waiting in (cancelled, late, left):
+            queue.offer(waiting)
+        assert queue.remove(cancelled) and queue.expire(2.0) == [late] and queue.clear() == [left] and len(queue) == 0
+
+
+def aside(name: str, until_s: float, order: int = 0, **fields: Any) -> Ticket:
+    waiting = ticket(name, order, **fields)
+    waiting.aside_until_s = until_s
+    return waiting

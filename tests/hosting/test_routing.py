@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -229,6 +232,27 @@ class TestTogether:
             await together(workers, [route({"prompt": prompt}) for prompt in ("a", "b", "bad")])
         with pytest.raises(ModeError, match=r"^batch\[1\]: mode: got 'x'"):
             await together(workers, [route({"prompt": "a"}), route({"prompt": "a", "mode": "x"})])
+
+    async def test_a_failure_holds_no_memory_and_needs_no_garbage_collector(self, workers: dict[Slot, SlotWorker]) -> None:
+        class Image(np.ndarray[Any, Any]):
+            """An array that can be watched."""
+
+        images = [np.zeros(3).view(Image) for _ in range(3)]
+        held = [weakref.ref(image) for image in images]
+        route = action_route(BatchedPolicy())
+        rows = [route({"prompt": prompt, "image": image}) for prompt, image in zip(("a", "bad", "b"), images, strict=True)]
+        gc.collect()
+        gc.disable()
+        try:
+            images.clear()
+            with pytest.raises(ObservationError):
+                await together(workers, rows)
+            rows.clear()
+            await workers["action"].run(lambda: None)
+            await asyncio.sleep(0)
+            assert [image() for image in held] == [None, None, None]
+        finally:
+            gc.enable()
 
     async def test_policies_without_batches_are_asked_row_by_row(self, workers: dict[Slot, SlotWorker]) -> None:
         route = action_route(EchoPolicy())

@@ -11,6 +11,8 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -148,6 +150,19 @@ class TestThread:
         assert await worker.serve(alone(lambda: {"n": 7}), origin()) == {"n": 7}
         worker.close()
 
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()], ids=repr)
+    async def test_what_would_end_the_event_loop_or_look_like_a_departure_is_an_ordinary_failure(self, error: BaseException) -> None:
+        worker = SlotWorker("action")
+
+        def fail() -> Any:
+            raise error
+
+        with pytest.raises(RuntimeError, match=rf"^{type(error).__name__} was raised where it means nothing$") as caught:
+            await worker.serve(alone(fail), origin())
+        assert caught.value.__cause__ is error
+        assert await worker.serve(alone(lambda: {"n": 7}), origin()) == {"n": 7}
+        worker.close()
+
     async def test_a_job_comes_before_calls_that_wait_and_is_not_watched(self, gate: Gate) -> None:
         worker, order = SlotWorker("action", watch=Watch(stuck_after_s=0.0)), []
         job = asyncio.create_task(worker.run(gate))
@@ -252,15 +267,65 @@ class TestWaiting:
         assert held() is None
         worker.close()
 
+    @pytest.mark.parametrize("end", ["raised", "superseded", "late"])
+    async def test_what_failed_holds_no_memory_and_needs_no_garbage_collector(self, gate: Gate, end: str) -> None:
+        def refuse(observation: Any) -> Any:
+            raise ZeroDivisionError
+
+        now = [0.0]
+        worker = SlotWorker("action", RequestQueue(max_batch=8), clock=lambda: now[0])
+        running = await occupy(worker, gate)
+        observation = Gate()
+        held = weakref.ref(observation)
+        call = SlotCall("action", partial(refuse, observation), Together("k", observation, refuse))
+        tasks = await waiting(worker.serve(call, origin("robot", deadline_s=1.0)), worker.serve(replace(call, call=dict), origin()))
+        if end == "superseded":
+            tasks += await waiting(worker.serve(alone(dict), origin("robot")))
+        if end == "late":
+            now[0] = 2.0
+        gc.collect()
+        gc.disable()
+        try:
+            del call, observation
+            gate.released.set()
+            await asyncio.wait([running, *tasks])
+            assert tasks[0].exception() is not None
+            tasks.clear()
+            await worker.run(lambda: None)
+            await asyncio.sleep(0)
+            assert held() is None
+        finally:
+            gc.enable()
+        worker.close()
+
+    async def test_nothing_is_said_of_an_error_whose_caller_left_just_then(self, gate: Gate) -> None:
+        said: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+        worker = SlotWorker("action")
+        running = await occupy(worker, gate)
+        (old,) = await waiting(worker.serve(SlotCall("action", gate, timeout_s=30.0), origin("robot")))
+        (new,) = await waiting(worker.serve(alone(lambda: {"n": 1}), origin("robot")))
+        assert not old.done()  # its answer is there, and it has not looked yet
+        old.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await old
+        gate.released.set()
+        await asyncio.gather(running, new)
+        del old
+        gc.collect()
+        assert said == []
+        worker.close()
+
     async def test_a_closed_worker_refuses_drops_its_queue_and_lets_the_running_call_finish(self, gate: Gate) -> None:
         worker, model = SlotWorker("action"), Model()
         running = await occupy(worker, gate)
-        (queued,) = await waiting(worker.serve(model.call("queued"), origin()))
+        queued, job = await waiting(worker.serve(model.call("queued"), origin()), worker.run(lambda: None))
         worker.close()
         with pytest.raises(DrainingError, match=r"^the server is shutting down; the action takes no new requests$"):
             await worker.serve(model.call("refused"), origin())
-        with pytest.raises(asyncio.CancelledError):
-            await queued
+        for task in (queued, job):
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 30)
         assert not running.done()
         gate.released.set()
         await running
@@ -301,6 +366,26 @@ class TestBatches:
         await running
         assert (a, b) == ({"row": "a"}, {"row": "b"}) and isinstance(bad, ZeroDivisionError)
         assert model.batches == [["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+        worker.close()
+
+    async def test_whoever_made_a_batch_fail_is_served_by_itself_and_behind_the_others_for_a_while_but_not_for_ever(self) -> None:
+        model, now = Model("bad"), [0.0]
+        worker = SlotWorker("action", RequestQueue(max_batch=8), clock=lambda: now[0])
+
+        async def together(*rows: str) -> None:
+            await asyncio.gather(*(worker.serve(model.call(row), origin(row.strip("'"))) for row in rows), return_exceptions=True)
+            model.batches.append([])
+
+        await together("bad", "a")
+        assert model.batches == [["bad", "a"], ["bad"], ["a"], []]
+        await together("bad", "a", "b")
+        assert model.batches[4:] == [["a", "b"], ["bad"], []]
+        now[0] = 9.0  # it has failed again since
+        await together("bad", "a", "b")
+        assert model.batches[7:] == [["a", "b"], ["bad"], []]
+        now[0] = 30.0
+        await together("a", "b", "bad'")
+        assert model.batches[10:] == [["a", "b", "bad'"], []]
         worker.close()
 
     async def test_a_model_that_forgets_a_row_is_asked_one_by_one(self, gate: Gate) -> None:
@@ -359,6 +444,19 @@ class TestSharing:
         assert await follower == {"thread": "planner-slot"} and await other == {"n": 1}
         worker.close()
 
+    async def test_one_that_has_no_room_in_the_batch_gets_its_answer_all_the_same(self, gate: Gate) -> None:
+        counts, model = Counts(), Model()
+        worker = SlotWorker("planner", RequestQueue(max_batch=2), observer=counts)
+        running = await occupy(worker, gate)
+        asked = [("a", self.question(1)), ("b", self.question(2)), ("c", self.question(3)), ("d", self.question(1)), ("e", self.question(2))]
+        tasks = await waiting(*(worker.serve(model.call(row, slot="planner", question=question), origin()) for row, question in asked))
+        gate.released.set()
+        replies = await asyncio.gather(*tasks)
+        await running
+        assert model.batches == [["a", "b"], ["c"]]
+        assert [reply["row"] for reply in replies] == ["a", "b", "c", "a", "b"] and counts.seen.count(("shared",)) == 2
+        worker.close()
+
 
 class TestBackground:
     async def test_it_gives_way_to_what_robots_wait_for_and_to_a_newer_one(self, gate: Gate) -> None:
@@ -380,6 +478,40 @@ class TestBackground:
         assert robot.served == []
         worker.close()
 
+    async def test_the_rows_of_a_batched_request_are_refreshed_each(self, gate: Gate) -> None:
+        worker, model, ends = SlotWorker("planner"), Model(), []
+        running = await occupy(worker, gate)
+        for row in ("left", "right"):
+            background = Background(model.call(row, slot="planner"), lambda: None, ends.append)
+            worker.serve_beside(background, origin("one connection", newest_wins=False, places=0))
+        gate.released.set()
+        await running
+        while len(ends) < 2:
+            await asyncio.sleep(0)
+        assert ends == [{"row": "left"}, {"row": "right"}]
+        worker.close()
+
+    async def test_in_a_full_queue_it_makes_room_for_what_robots_wait_for_but_not_in_vain(self, gate: Gate) -> None:
+        worker, model, ends = SlotWorker("planner", RequestQueue(max_queue=3)), Model(), []
+        running = await occupy(worker, gate)
+        for row in ("first", "second"):
+            worker.serve_beside(Background(model.call(row, slot="planner"), lambda: None, ends.append), origin())
+        batch = origin("batch", newest_wins=False)
+        (one,) = await waiting(worker.serve(model.call("one", slot="planner"), batch))
+        with pytest.raises(OverloadedError):
+            await worker.serve(model.call("two", slot="planner"), batch)
+        await asyncio.sleep(0)
+        assert ends == []
+        robot, again = await waiting(*(worker.serve(model.call(row, slot="planner"), origin("robot")) for row in ("robot", "again")))
+        await asyncio.sleep(0)
+        assert [str(end) for end in ends] == ["the planner is overloaded: a refresh made room for a request that a robot waits for"]
+        gate.released.set()
+        await asyncio.wait([running, one, robot, again])
+        while len(ends) < 2:
+            await asyncio.sleep(0)
+        assert model.batches == [["one"], ["again"], ["first"]] and worker.depth == 0
+        worker.close()
+
     async def test_it_is_told_how_it_ended_whatever_that_is(self, gate: Gate) -> None:
         worker, ends = SlotWorker("planner", RequestQueue(max_queue=1)), []
         running = await occupy(worker, gate)
@@ -395,6 +527,14 @@ class TestBackground:
         worker.close()
         worker.serve_beside(background, origin())
         assert [type(end) for end in ends] == [OverloadedError, ZeroDivisionError, DrainingError]
+
+    async def test_a_robot_that_is_alone_is_not_held_for_its_own_refresh(self) -> None:
+        worker, model, ends = SlotWorker("planner", RequestQueue(max_batch=8, max_wait_s=3600.0)), Model(), []
+        worker.serve_beside(Background(model.call("refresh", slot="planner"), lambda: None, ends.append), origin("robot"))
+        while not ends:
+            await asyncio.sleep(0)
+        assert await asyncio.wait_for(worker.serve(model.call("next", slot="planner"), origin("robot")), 30) == {"row": "next"}
+        worker.close()
 
 
 class TestWatch:

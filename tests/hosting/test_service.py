@@ -1,5 +1,7 @@
 """The life of the process: early clients, readiness, request modes over real sockets, live templates, drain."""
 
+import asyncio
+import gc
 import logging
 import socket
 import threading
@@ -14,10 +16,10 @@ from websockets.sync.client import connect
 
 from hosting.clients.client import Client
 from hosting.clients.errors import ClientError, ConnectionLostError, InferenceError
-from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, SchedulerConfig, WatchdogConfig
+from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, SchedulerConfig, WatchdogConfig
 from hosting.policy import CheckpointError, ConfigError
 from hosting.protocol import msgpack_numpy
-from hosting.service import Loaders
+from hosting.service import Loaders, Service
 from tests.serving import EchoPlanner, EchoPolicy, service_config, start, stubs
 
 
@@ -312,6 +314,33 @@ def test_drain_finishes_what_is_in_flight_and_takes_nothing_new():
         with pytest.raises(ClientError):
             busy.infer({"prompt": "z"})
         assert service.wait_stopped() == 0
+
+
+async def test_a_refresh_that_nobody_waits_for_does_not_hold_up_the_end_nor_meet_an_interpreter_that_ends(monkeypatch):
+    entered, released, exits = threading.Event(), threading.Event(), []
+
+    def plan(obs):
+        if obs["prompt"] == "refresh":
+            entered.set()
+            assert released.wait(60)
+
+    monkeypatch.setattr("hosting.service._exit_now", exits.append)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    config = service_config(planner=PlannerConfig(checkpoint_dir="unused", refresh="async", interval_s=1e-6, on_task_change="keep"))
+    service = Service(config, loaders=stubs(planner=EchoPlanner(plan)))
+    serving = asyncio.create_task(service.serve())
+    await service.ready.wait()
+
+    def robot():
+        with Client(service.addresses["action"]) as client:
+            assert client.infer({"prompt": "tidy"})["subtask"]["waited"]
+            assert not client.infer({"prompt": "refresh"})["subtask"]["waited"]
+
+    await asyncio.to_thread(robot)
+    assert await asyncio.to_thread(entered.wait, 30)
+    service.stop()
+    assert await asyncio.wait_for(serving, 30) == 0 and exits == [0]
+    released.set()
 
 
 def test_drain_gives_up_after_drain_s():

@@ -88,6 +88,11 @@ class TestRestart:
         assert link.is_symlink()
         assert start(path).current.max_generation_tokens == 5
 
+    def test_in_the_users_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        start(Path("~/prompts.json")).update(max_generation_tokens=5)
+        assert left_in(tmp_path) == ["prompts.json"]
+
 
 class TestContent:
     def test_people_can_read_it_and_nobody_else(self, path: Path, tmp_path: Path) -> None:

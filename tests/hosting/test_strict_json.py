@@ -16,9 +16,11 @@ def test_what_means_one_thing_is_taken(text: str) -> None:
     ("text", "problem"),
     [
         ('{"b": 1, "a": {"c": 1, "c": 1}}', "c: given twice in one object; keep one"),
+        ('{"b": 1, "b": 1, "a": 1, "a": 1}', "b: given twice in one object; keep one"),
         ('{"\\ud800": 1, "\\ud800": 2}', "\\ud800: given twice in one object; keep one"),
         ('{"a": NaN}', "NaN is not a JSON number; write a finite one"),
         ("[-Infinity]", "-Infinity is not a JSON number; write a finite one"),
+        ('{"a": -' + "1" * 5000 + "}", "-1111111111111111111… has 5001 digits; write a smaller number"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
