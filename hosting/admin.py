@@ -79,7 +79,7 @@ def create_admin_app(
     api_key: str | None = None,
     metrics: Callable[[], tuple[bytes, str]] | None = None,
     slot_details: Callable[[], Mapping[str, Any]] = dict,
-    sessions: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
+    sessions: Callable[[int], tuple[int, Sequence[Mapping[str, Any]]]] = lambda limit: (0, ()),
     previews: Callable[[], Mapping[Slot, PromptPreview]] = dict,
 ) -> FastAPI:
     """The admin API as an ASGI application. All callables are called on the event loop.
@@ -93,7 +93,7 @@ def create_admin_app(
         api_key: what everything but health and readiness needs; None: nothing does, but requests must name a loopback host.
         metrics: the body of ``GET /metrics`` and its content type; None: there is no such page.
         slot_details: slot → what ``GET /slots`` tells of it; JSON.
-        sessions: what ``GET /sessions`` tells of each; JSON.
+        sessions: limit → how many sessions there are, and what ``GET /sessions`` tells of at most so many; JSON.
         previews: slot → its policy, of those that are loaded and can preview a prompt.
     """
     app = FastAPI(title="Tandem admin", version=version, description=_DESCRIPTION, redoc_url=None)
@@ -147,8 +147,8 @@ def create_admin_app(
     async def get_sessions(
         limit: Annotated[int, Query(ge=1, le=MAX_SESSIONS, description="How many to list.")] = DEFAULT_SESSIONS,
     ) -> Sessions:
-        known = sessions()
-        return Sessions(count=len(known), limit=limit, sessions=[dict(session) for session in known[:limit]])
+        count, listed = sessions(limit)
+        return Sessions(count=count, limit=limit, sessions=[dict(session) for session in listed])
 
     if settings is not None:
         add_prompt_routes(guarded, settings, combined="action" in slots, slot_states=lambda: status()["slots"], previews=previews)

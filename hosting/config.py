@@ -118,8 +118,8 @@ class SchedulerConfig(_Section):
     max_batch: Annotated[int, Field(strict=True, ge=1, le=256)] = 8
     """Most observations in one model call. Every size that a compiled model needs for it is compiled at the start."""
     max_wait_ms: Annotated[float, Field(strict=True, ge=0, le=1000)] = 2.0
-    """How long a batch with room is held for clients that were answered just now and are likely to ask again, in ms. A client that is alone
-    never waits; 0: nobody does."""
+    """How long a batch with room is held for clients that were answered just now and that came back at once when they were answered before, in ms.
+    A client that is alone never waits; 0: nobody does."""
     max_queue: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
     """How many requests may wait; more are refused as overloaded."""
     deadline_ms: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None

@@ -14,7 +14,7 @@ Pure: time comes in, nothing blocks, no thread is known. The rules:
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,52 @@ Rotation = OrderedDict[Hashable, deque[Ticket]]
 """Flow → its calls; the flow whose turn is next comes first."""
 
 
+class Regulars:
+    """Who is likely to ask again in a moment: flows that were answered just now, and that came back in time when they were answered before.
+
+    Args:
+        wait_s: how long after its answer a flow is in time.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._until_s: dict[Hashable, float] = {}  # of those that were answered and have not come back
+        self._regular: set[Hashable] = set()
+
+    def came(self, flow: Hashable, now_s: float) -> None:
+        """``flow`` asks."""
+        until_s = self._until_s.pop(flow, None)
+        if until_s is not None:
+            (self._regular.add if now_s <= until_s else self._regular.discard)(flow)
+
+    def left(self, flow: Hashable) -> None:
+        """``flow`` gets no answer."""
+        self._regular.discard(flow)
+
+    def answered(self, flows: Iterable[Hashable], now_s: float) -> None:
+        """These flows got their answers."""
+        if self._wait_s <= 0:
+            return
+        for flow in [flow for flow, until_s in self._until_s.items() if until_s <= now_s]:
+            del self._until_s[flow]
+            self._regular.discard(flow)
+        self._until_s.update(dict.fromkeys(flows, now_s + self._wait_s))
+
+    def until_s(self, but: Set[Hashable], now_s: float) -> float:
+        """How long one of them, ``but`` these, is expected; ``now_s`` if none is."""
+        if not self._regular:
+            return now_s
+        return max((until_s for flow, until_s in self._until_s.items() if flow in self._regular and flow not in but), default=now_s)
+
+
 class RequestQueue:
     """The calls that wait for one slot.
 
     Args:
         max_queue: how many requests may wait.
         max_batch: most rows of a batch.
-        max_wait_s: how long a batch that is not full may be held for clients that were answered just now and are likely to ask again. A client
-            that is alone never waits.
+        max_wait_s: how long a batch that is not full may be held for clients that were answered just now and are likely to ask again, since they
+            did so at once before. A client that is alone never waits.
     """
 
     def __init__(self, *, max_queue: int = 64, max_batch: int = 1, max_wait_s: float = 0.0) -> None:
@@ -68,7 +106,7 @@ class RequestQueue:
         self._background: Rotation = OrderedDict()
         self._rotations = (self._foreground, self._aside, self._background)
         self._timed: dict[Ticket, None] = {}  # those with a deadline
-        self._returning: dict[Hashable, float] = {}  # flow → until when it is expected
+        self._regulars = Regulars(max_wait_s)
         self._places: dict[Hashable, int] = {}
         self._taken_places = 0
         self._length = 0
@@ -86,10 +124,14 @@ class RequestQueue:
             OverloadedError: there is no room for it.
         """
         origin = ticket.origin
-        self._returning.pop(origin.flow, None)
+        self._regulars.came(origin.flow, ticket.queued_s)
         waiting = self._rival(ticket)
         if waiting is None:
-            self._admit(ticket)
+            try:
+                self._admit(ticket)
+            except OverloadedError:
+                self._regulars.left(origin.flow)
+                raise
             self._append(ticket)
             return None
         if waiting.origin.order > origin.order:
@@ -144,6 +186,7 @@ class RequestQueue:
         if tickets is None or ticket not in tickets:
             return False
         self._drop(ticket)
+        self._regulars.left(ticket.origin.flow)
         return True
 
     def expire(self, now_s: float) -> list[Ticket]:
@@ -151,6 +194,7 @@ class RequestQueue:
         late = [ticket for ticket in self._timed if ticket.expired(now_s)]
         for ticket in late:
             self._drop(ticket)
+            self._regulars.left(ticket.origin.flow)
         return late
 
     def take(self, now_s: float) -> list[Ticket]:
@@ -174,9 +218,7 @@ class RequestQueue:
 
     def answered(self, flows: Iterable[Hashable], now_s: float) -> None:
         """These flows got their answers; whoever sends one observation after the other sends the next in a moment."""
-        if self.max_wait_s > 0:
-            self._returning = {flow: until_s for flow, until_s in self._returning.items() if until_s > now_s}
-            self._returning.update(dict.fromkeys(flows, now_s + self.max_wait_s))
+        self._regulars.answered(flows, now_s)
 
     def clear(self) -> list[Ticket]:
         """Take out everything, in the order it would have been served one by one."""
@@ -186,6 +228,7 @@ class RequestQueue:
                 flow, waiting = next(iter(rotation.items()))
                 tickets.append(waiting[0])
                 self._drop(waiting[0])
+                self._regulars.left(flow)
                 if flow in rotation:
                     rotation.move_to_end(flow)
         return tickets
@@ -215,8 +258,7 @@ class RequestQueue:
         """Until when ``batch`` is held for more to join it; None: it is not."""
         if self.max_wait_s <= 0 or batch[0].key is None or len(batch) == self.max_batch:
             return None
-        flows = {ticket.origin.flow for ticket in batch}
-        until_s = max((until_s for flow, until_s in self._returning.items() if flow not in flows), default=now_s)
+        until_s = self._regulars.until_s({ticket.origin.flow for ticket in batch}, now_s)
         if until_s <= now_s:
             return None
         missed = any(deadline_s is not None and now_s <= deadline_s <= until_s for deadline_s in (t.origin.deadline_s for t in self._timed))

@@ -252,7 +252,7 @@ class Service:
                 api_key=config.admin.api_key,
                 metrics=self._metrics.render,
                 slot_details=self._slot_details,
-                sessions=self._sessions.snapshot,
+                sessions=lambda limit: (len(self._sessions), self._sessions.snapshot(limit)),
                 previews=self._previews,
             )
             admin = HTTPListener("admin.port", config.admin.host, config.admin.port, app, config)

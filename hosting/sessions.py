@@ -106,10 +106,11 @@ class SessionStore:
                 swept += 1
         return swept
 
-    def snapshot(self) -> list[dict[str, Any]]:
-        """All sessions as plain values, with ids before anonymous ones, and those used longest ago first."""
+    def snapshot(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """Sessions as plain values, those with ids before anonymous ones, of the former those used last first; at most ``limit``."""
         now_s = self._clock()
-        return [_described(session, now_s) for session in (*self._named.values(), *self._anonymous.values())]
+        sessions = itertools.chain(reversed(self._named.values()), self._anonymous.values())
+        return [_described(session, now_s) for session in itertools.islice(sessions, limit)]
 
     def _find(self, session_id: str, now_s: float) -> Session | None:
         """The session of that id, unless its time is over."""

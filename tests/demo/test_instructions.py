@@ -114,7 +114,10 @@ class TestWords:
             ),
             ("Move everything to the\n middle  bin", Instruction("every", bin=MIDDLE)),
             ("sort all blocks into the bins with their own color", Instruction("sort")),
-            ("put the blue block in the right bin, and all the rest of the blocks in the left bin", Instruction("others", (Goal(BLUE, RIGHT),), LEFT)),
+            (
+                "put the blue block in the right bin, and the rest of the blocks in the left bin",
+                Instruction("others", (Goal(BLUE, RIGHT),), LEFT),
+            ),
         ],
     )
     def test_what_people_say_beyond_the_wordings(self, text: str, meant: Instruction) -> None:
@@ -122,8 +125,8 @@ class TestWords:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "tidy the table", "put the purple block in the left bin", "put the red block in the top bin", "sort the blocks", "the others in the left bin",
-         "put every block in the left bin and the red block in the right bin", "put the red block", "x" * 5000],
+        ["", "tidy the table", "put the purple block in the left bin", "put the red block in the top bin", "sort the blocks",
+         "others in the left bin", "put every block in the left bin and the red block in the right bin", "put the red block", "x" * 5000],
     )  # fmt: skip
     def test_what_is_no_instruction(self, text: str) -> None:
         with pytest.raises(InstructionError) as caught:
@@ -160,9 +163,7 @@ class TestGoals:
     def test_a_block_that_cannot_be_sorted(self) -> None:
         with pytest.raises(InstructionError) as caught:
             parse("sort the blocks by colour").goals(RIMS, ALL)
-        assert (
-            str(caught.value) == "no bin has a yellow rim, so the yellow block cannot be sorted; the rims are blue and red and green"
-        )  # fmt: skip
+        assert str(caught.value) == "no bin has a yellow rim, so the yellow block cannot be sorted; the rims are blue and red and green"
 
     def test_names(self) -> None:
         assert Goal(YELLOW, MIDDLE).names == ("yellow", "middle")

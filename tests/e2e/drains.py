@@ -204,8 +204,6 @@ class QuicWire:
     def receive(self) -> Message:
         channel = self._channel
         assert pump([channel], lambda: bool(channel.outcomes) or channel.lost is not None, time.monotonic() + SECONDS), "no answer came"
-        # That the port is closed, the kernel tells before it hands out what had come from it.
-        channel.advance(time.monotonic())
         if not channel.outcomes:
             raise Ended(str(channel.lost), clean=REASON in str(channel.lost))
         outcome = channel.outcomes.pop(next(iter(channel.outcomes)))

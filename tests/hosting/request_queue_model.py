@@ -116,11 +116,15 @@ class Oracle:
         self.turns: dict[Lane, int] = {}
         self.last_turn = 0
         self.answered_s: dict[Hashable, float] = {}
+        self.regular: set[Hashable] = set()
 
     def offer(self, ticket: Ticket) -> Ticket | None:
         origin = ticket.origin
         # Whoever asks has come back, whatever becomes of what it asks.
-        self.answered_s.pop(origin.flow, None)
+        if (answered_s := self.answered_s.pop(origin.flow, None)) is not None:
+            self.regular.discard(origin.flow)
+            if ticket.queued_s <= answered_s + self.limits.max_wait_s:
+                self.regular.add(origin.flow)
         for place, other in enumerate(self.waiting):
             if origin.newest_wins and other.origin.newest_wins and other.origin.flow == origin.flow:
                 if other.origin.order > origin.order:
@@ -130,6 +134,7 @@ class Oracle:
         places = sum(other.origin.places for other in self.waiting)
         of_flow = sum(other.origin.places for other in self.waiting if other.origin.flow == origin.flow)
         if origin.places and (places + origin.places > self.limits.max_queue or of_flow + origin.places > max(1, self.limits.max_queue // 2)):
+            self.regular.discard(origin.flow)
             raise OverloadedError("full")
         if not any(lane_of(other) == lane_of(ticket) for other in self.waiting):
             self.go_to_the_end(lane_of(ticket))
@@ -138,20 +143,25 @@ class Oracle:
 
     def remove(self, ticket: Ticket) -> bool:
         found = ticket in self.waiting
-        self.waiting = [other for other in self.waiting if other is not ticket]
+        self.end([ticket] if found else [])
         return found
+
+    def end(self, tickets: Sequence[Ticket]) -> None:
+        """They are not served; nobody is waited for because of them."""
+        self.waiting = [other for other in self.waiting if other not in tickets]
+        self.regular -= {ticket.origin.flow for ticket in tickets}
 
     def expire(self, now_s: float) -> list[Ticket]:
         gone = [ticket for ticket in self.waiting if late(ticket, now_s)]
-        self.waiting = [ticket for ticket in self.waiting if not late(ticket, now_s)]
+        self.end(gone)
         return gone
 
     def take(self, now_s: float) -> list[Ticket]:
         if self.held_until_s(now_s) is not None:
             return []
         batch = self.batch(now_s)
+        self.waiting = [ticket for ticket in self.waiting if ticket not in batch]
         for ticket in batch:
-            self.remove(ticket)
             self.go_to_the_end(lane_of(ticket))
         return batch
 
@@ -160,11 +170,13 @@ class Oracle:
         return min((moment for moment in moments if moment is not None), default=None)
 
     def answered(self, flows: Iterable[Hashable], now_s: float) -> None:
+        self.regular -= {flow for flow, answered_s in self.answered_s.items() if answered_s + self.limits.max_wait_s <= now_s}
+        self.answered_s = {flow: answered_s for flow, answered_s in self.answered_s.items() if answered_s + self.limits.max_wait_s > now_s}
         self.answered_s.update(dict.fromkeys(flows, now_s))
 
     def clear(self) -> list[Ticket]:
         gone = self.one_by_one(self.waiting)
-        self.waiting = []
+        self.end(gone)
         return gone
 
     def one_by_one(self, tickets: Sequence[Ticket]) -> list[Ticket]:
@@ -195,7 +207,8 @@ class Oracle:
         if not batch or max_wait_s <= 0 or batch[0].key is None or len(batch) == self.limits.max_batch:
             return None
         riding = {ticket.origin.flow for ticket in batch}
-        ends = [begun_s + max_wait_s for flow, begun_s in self.answered_s.items() if flow not in riding and now_s < begun_s + max_wait_s]
+        ends = [begun_s + max_wait_s for flow, begun_s in self.answered_s.items() if flow in self.regular and flow not in riding]
+        ends = [end_s for end_s in ends if now_s < end_s]
         if not ends:
             return None
         deadlines = [ticket.origin.deadline_s for ticket in self.waiting if ticket.origin.deadline_s is not None]

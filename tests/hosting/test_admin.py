@@ -83,7 +83,7 @@ def connect(settings: LiveSettings, service: Service) -> Iterator[Connect]:
             "version": "1.2.3",
             "metrics": lambda: (b"tandem_sessions 3\n", "text/plain; version=0.0.4; charset=utf-8"),
             "slot_details": lambda: {"action": {"queue": 2}},
-            "sessions": lambda: service.sessions,
+            "sessions": lambda limit: (len(service.sessions), service.sessions[:limit]),
             "previews": lambda: service.policies,
             **changed,
         }

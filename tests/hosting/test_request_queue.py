@@ -296,9 +296,19 @@ def test_what_is_late_has_no_row():
 # Holding a batch for those who are about to come back.
 
 
+def regular(queue: RequestQueue, flows: Iterable[str] = "abcd") -> RequestQueue:
+    """``flows`` have come back at once when they were answered before."""
+    for flow in flows:
+        queue.answered(flow, -0.25)
+        queue.offer(ticket(f"{flow}0", key="k"))
+        queue.take(5.0)
+    assert len(queue) == 0
+    return queue
+
+
 def holding(*, max_batch: int = 3, answered: Iterable[str] = ("b",)) -> RequestQueue:
     """``answered`` got their replies at 10.0; ``a`` has come back."""
-    queue = RequestQueue(max_batch=max_batch, max_wait_s=0.5)
+    queue = regular(RequestQueue(max_batch=max_batch, max_wait_s=0.5))
     queue.answered(answered, 10.0)
     offer(queue, ticket("a1", key="k"))
     return queue
@@ -363,7 +373,7 @@ def test_whoever_comes_back_with_something_else_is_no_longer_waited_for():
 
 
 def test_whoever_comes_back_and_is_refused_is_no_longer_waited_for():
-    queue = RequestQueue(max_queue=1, max_batch=3, max_wait_s=0.5)
+    queue = regular(RequestQueue(max_queue=1, max_batch=3, max_wait_s=0.5))
     queue.answered("b", 10.0)
     offer(queue, ticket("a1", key="k"))
     with pytest.raises(OverloadedError):
@@ -371,8 +381,45 @@ def test_whoever_comes_back_and_is_refused_is_no_longer_waited_for():
     assert names(queue.take(10.0)) == ["a1"]
 
 
-def test_a_call_that_nothing_can_join_is_not_held():
+def test_nobody_is_waited_for_who_never_came_back_at_once_or_did_not_the_last_time():
     queue = RequestQueue(max_batch=3, max_wait_s=0.5)
+    queue.answered("b", 10.0)
+    offer(queue, ticket("a1", key="k"))
+    assert names(queue.take(10.0)) == ["a1"]
+    late = ticket("b1", key="k")
+    late.queued_s = 10.75
+    queue = holding()
+    offer(queue, late)
+    assert names(queue.take(10.75)) == ["a1", "b1"]
+    queue.answered("b", 11.0)
+    offer(queue, ticket("a2", key="k"))
+    assert names(queue.take(11.0)) == ["a2"]
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired", "refused", "late for good"])
+def test_nobody_is_waited_for_who_may_be_gone(ending: str):
+    queue = regular(RequestQueue(max_queue=2, max_batch=3, max_wait_s=0.5), "b")
+    if ending == "cancelled":
+        offer(queue, cancelled := ticket("b1", key="k"))
+        queue.remove(cancelled)
+    elif ending == "expired":
+        offer(queue, ticket("b1", key="k", deadline_s=1.0))
+        queue.expire(2.0)
+    elif ending == "refused":
+        offer(queue, ticket("c1"), ticket("d1"))
+        with pytest.raises(OverloadedError):
+            queue.offer(ticket("b1", key="k"))
+        served(queue, 2.0)
+    else:
+        queue.answered("b", 3.0)
+        queue.answered("c", 9.0)
+    queue.answered("b", 10.0)
+    offer(queue, ticket("a1", key="k"))
+    assert names(queue.take(10.0)) == ["a1"]
+
+
+def test_a_call_that_nothing_can_join_is_not_held():
+    queue = regular(RequestQueue(max_batch=3, max_wait_s=0.5))
     queue.answered("b", 10.0)
     offer(queue, ticket("a1"))
     assert names(queue.take(10.0)) == ["a1"]
@@ -380,7 +427,7 @@ def test_a_call_that_nothing_can_join_is_not_held():
 
 @pytest.mark.parametrize("options", [{"max_batch": 3}, {"max_batch": 1, "max_wait_s": 0.5}], ids=["no max_wait_s", "no batches"])
 def test_without_batches_or_max_wait_s_nothing_is_held(options: dict[str, Any]):
-    queue = RequestQueue(**options)
+    queue = regular(RequestQueue(**options))
     queue.answered("b", 10.0)
     offer(queue, ticket("a1", key="k"))
     assert names(queue.take(10.0)) == ["a1"]

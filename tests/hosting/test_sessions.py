@@ -103,7 +103,8 @@ def test_the_one_unused_for_longest_makes_room(clock: Clock, caplog: pytest.LogC
     with caplog.at_level(logging.INFO, logger="hosting.sessions"):
         for name in ("d", "e"):
             client.observe(name)
-        assert [entry["id"] for entry in sessions.snapshot()] == ["a", "d", "e"] and sessions.evicted == 2
+        assert [entry["id"] for entry in sessions.snapshot()] == ["e", "d", "a"] and sessions.evicted == 2
+        assert [entry["id"] for entry in sessions.snapshot(2)] == ["e", "d"]
         assert len(caplog.records) == 1
         clock.now_s += 60
         sessions.client().observe("f")  # what is over anyway is no eviction

@@ -1,0 +1,81 @@
+"""The demo's robot as the policy sees it. What holds for every embodiment is in ``tests/action/test_embodiments.py``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from action.configs import get_config
+from action.embodiments import EMBODIMENTS, Table
+from action.policy import ActionPolicy
+from pi0.cameras import camera_images, map_cameras
+from pi0.errors import ObservationError
+from tests.golden_data import CHECKPOINTS, TOKENIZER
+
+
+@pytest.fixture
+def observation() -> dict[str, Any]:
+    return Table().example(np.random.default_rng(0))
+
+
+def test_one_camera_and_three_numbers(observation: dict[str, Any]) -> None:
+    inputs = Table().inputs(observation)
+    assert list(inputs.images) == ["base_0_rgb"]
+    np.testing.assert_array_equal(inputs.images["base_0_rgb"], observation["base_0_rgb"])
+    np.testing.assert_array_equal(inputs.state, observation["state"])
+
+
+def test_the_planner_sees_the_same_camera(observation: dict[str, Any]) -> None:
+    seen = map_cameras(camera_images(observation))
+    assert list(seen) == ["base_0_rgb"] and seen["base_0_rgb"] is observation["base_0_rgb"]
+
+
+def test_actions_are_absolute_and_as_the_model_gives_them() -> None:
+    actions = np.random.default_rng(0).normal(size=(12, 32))
+    np.testing.assert_array_equal(Table().outputs(actions), actions[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": None}, "state: got NoneType, expected [3] numbers (gripper x and y from -1 to 1, then -1 open or 1 closed)"),
+        ({"state": [0.0, 1.0]}, "state: got shape [2], expected [3] numbers (gripper x and y from -1 to 1, then -1 open or 1 closed)"),
+        ({"state": [0.0, np.nan, 1.0]}, "state: the value at index 1 is nan, expected finite numbers"),
+        ({"base_0_rgb": "picture"}, "base_0_rgb: expected an image array [height, width, 3], got str"),
+    ],
+)
+def test_wrong_values_are_named(observation: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ObservationError) as caught:
+        Table().inputs(observation | change)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("key", ["state", "base_0_rgb"])
+def test_missing_keys_are_named(observation: dict[str, Any], key: str) -> None:
+    del observation[key]
+    with pytest.raises(ObservationError, match=f"^{key}: missing, expected "):
+        Table().inputs(observation)
+
+
+def test_config() -> None:
+    config = get_config("pi05_table")
+    assert config.embodiment == Table() == EMBODIMENTS["table"]
+    assert (config.kind, config.asset_id, config.action_horizon, config.discrete_state_input) == ("pi05", "table", 12, True)
+    assert config.use_quantiles and config.delta_mask is None and config.default_prompt is None
+
+
+def test_runs_by_name_with_norm_stats_of_its_own(tmp_path: Path, observation: dict[str, Any]) -> None:
+    shutil.copytree(CHECKPOINTS / "pi05_pytorch", tmp_path / "checkpoint")
+    identity = {"mean": [0.0] * 3, "std": [1.0] * 3, "q01": [-1.0] * 3, "q99": [1.0] * 3}
+    norm_stats = tmp_path / "checkpoint" / "assets" / "table" / "norm_stats.json"
+    norm_stats.parent.mkdir(parents=True)
+    norm_stats.write_text(json.dumps({"norm_stats": {"state": identity, "actions": identity}}))
+    policy = ActionPolicy.load("pi05_table", tmp_path / "checkpoint", tokenizer=TOKENIZER, num_steps=1)
+    actions = policy.infer(observation | {"prompt": "pick up the red block"}, seed=0)["actions"]
+    assert actions.shape == (12, 3) and np.isfinite(actions).all()
+    assert policy.metadata["image_specs"] == [{"path": ["base_0_rgb"], "target_shape": [224, 224, 3], "dtype": "uint8"}]
