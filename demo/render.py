@@ -14,14 +14,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from demo.world import ABSENT, BIN_CENTRES, BIN_HALF, BINS, BLOCK_HALF, COLOURS, HELD, Floats, Scenes
+from demo.world import BIN_CENTRES, BIN_HALF, BINS, BLOCK_HALF, COLOURS, HELD, TABLE, Floats, Scenes
 
 SIZE: Final = 224
 
 Pictures = NDArray[np.uint8]
 Rows = NDArray[np.intp]
 
-_TABLE = np.array([237, 230, 214], np.float32)
+_BARE = np.array([237, 230, 214], np.float32)
 _INSIDE = np.array([252, 250, 247], np.float32)
 _GRIPPER = np.array([51, 51, 61], np.float32)
 _PAINT = np.array([[217, 46, 38], [38, 158, 51], [38, 77, 224], [242, 204, 26]], np.float32)
@@ -48,7 +48,7 @@ def render(scenes: Scenes, size: int = SIZE) -> Pictures:
     margin = _margin(size)
     canvas = _bare_tables(size)[_RIM_ORDER_OF[tuple(scenes.rims.T)]]
     for colour in range(len(COLOURS)):
-        rows = np.flatnonzero((scenes.place[:, colour] != ABSENT) & (scenes.place[:, colour] != HELD))
+        rows = np.flatnonzero(scenes.place[:, colour] <= TABLE)
         _paint(canvas, size, rows, scenes.position[rows, colour], np.full((len(rows), 2), BLOCK_HALF), _PAINT[colour])
     rows, held = np.nonzero(scenes.place == HELD)
     _paint(canvas, size, rows, scenes.position[rows, held], np.full((len(rows), 2), BLOCK_HALF * _HELD_LARGER), _PAINT[held])
@@ -103,7 +103,7 @@ def _bare_tables(size: int) -> Any:
     """The table with its bins and nothing else, for each order of the rims: ``[24, size + 2 margin, size + 2 margin, 3]``."""
     side = size + 2 * _margin(size)
     canvas = np.empty((len(_RIM_ORDERS), side, side, 3), np.uint8)
-    canvas[:] = _TABLE
+    canvas[:] = _BARE
     rows, rims = np.arange(len(_RIM_ORDERS)), np.array(_RIM_ORDERS)
     for bin_, centre in enumerate(np.tile(BIN_CENTRES[:, None], (1, len(rows), 1))):
         _paint(canvas, size, rows, centre, np.tile(BIN_HALF, (len(rows), 1)), _PAINT[rims[:, bin_]])

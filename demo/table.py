@@ -6,10 +6,13 @@
 
     env = gymnasium.make("demo.table:tandem/Table-v0")
     obs, info = env.reset(seed=0)
-    while not info["success"]:
+    for _ in range(MAX_CALLS):
         reply = client.infer({**obs, "prompt": info["instruction"]})
+        if reply["subtask"]["text"] == ALL_DONE:
+            break
         for action in reply["actions"]:
             obs, reward, terminated, truncated, info = env.step(action)
+    print(info["success"])
 
 An observation has the keys of the embodiment ``table`` (:mod:`action.embodiments.table`), an action is one row of a chunk. Needs the
 extra ``demo``.

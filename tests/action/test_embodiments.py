@@ -158,9 +158,10 @@ def test_image_specs_are_those_of_the_wire() -> None:
         "aloha": [["images", "cam_high"], ["images", "cam_low"], ["images", "cam_left_wrist"], ["images", "cam_right_wrist"]],
         "droid": [["observation/exterior_image_1_left"], ["observation/wrist_image_left"]],
         "libero": [["observation/image"], ["observation/wrist_image"]],
+        "table": [["base_0_rgb"]],
     }
     shapes = {name: {spec.shape for spec in robot.image_specs} for name, robot in EMBODIMENTS.items()}
-    assert shapes == {"aloha": {(3, 224, 224)}, "droid": {(224, 224, 3)}, "libero": {(224, 224, 3)}}
+    assert shapes == {"aloha": {(3, 224, 224)}, "droid": {(224, 224, 3)}, "libero": {(224, 224, 3)}, "table": {(224, 224, 3)}}
 
 
 class TestDelta:
