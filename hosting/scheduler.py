@@ -36,7 +36,7 @@ _SAMPLE_STEP = 997
 _SUSPECT_S = 10.0
 """How long a flow whose call made a batch fail is served by itself: everybody in such a batch is served twice."""
 
-_ASIDE_S = 0.1
+_ASIDE_S = 0.5
 """How long a call of such a flow gives way to others: long enough for theirs to be over, short enough for its good ones."""
 
 _MAX_SUSPECTS = 1024
