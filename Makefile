@@ -30,6 +30,10 @@ bench: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m benchmarks.side_by_side
 	.venv/bin/python -m benchmarks.transports
 	.venv/bin/python -m benchmarks.lossy
+	.venv/bin/python -m benchmarks.cadence
+	.venv/bin/python -m benchmarks.batching
+	.venv/bin/python -m benchmarks.faults
+	.venv/bin/python -m benchmarks.drains
 	.venv/bin/python -m benchmarks.fuzz
 
 $(VENV): pyproject.toml constraints.txt Makefile

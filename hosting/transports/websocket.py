@@ -8,13 +8,11 @@ The app can be mounted elsewhere; whoever serves it must not compress frames and
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
@@ -22,6 +20,7 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hosting.answers import MAX_UNFINISHED, Answers
+from hosting.api_keys import CHALLENGE, UNAUTHORIZED_TEXT, authorized, sent_key
 from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
 from hosting.failures import client_text
@@ -103,10 +102,9 @@ class WebSocketTransport:
         return PlainTextResponse("This is a WebSocket endpoint; the health check is at /healthz.\n", status_code=426, headers=headers)
 
     async def _converse(self, websocket: WebSocket) -> None:
-        if not self._authorized(websocket):
-            logger.info("%s: refused a connection: it brought %s API key", self._endpoint.slot, "a wrong" if _api_key(websocket) else "no")
-            text = "unauthorized: send the server's API key as 'Authorization: Api-Key KEY' or 'Authorization: Bearer KEY'\n"
-            await websocket.send_denial_response(PlainTextResponse(text, status_code=401, headers={"WWW-Authenticate": "Api-Key, Bearer"}))
+        if not authorized(websocket.headers, self._api_key):
+            logger.info("%s: refused a connection: it brought %s API key", self._endpoint.slot, "a wrong" if sent_key(websocket.headers) else "no")
+            await websocket.send_denial_response(PlainTextResponse(f"{UNAUTHORIZED_TEXT}\n", status_code=401, headers=CHALLENGE))
             return
         try:
             profile = choose_profile(
@@ -125,9 +123,6 @@ class WebSocketTransport:
             self._clients.discard(client)
             if self._endpoint.draining:
                 await _close(websocket)
-
-    def _authorized(self, request: HTTPConnection) -> bool:
-        return self._api_key is None or hmac.compare_digest(_api_key(request).encode(), self._api_key.encode())
 
 
 class _Client:
@@ -269,14 +264,6 @@ class _Client:
             self._ended.set_result(None)
         else:
             self._ended.set_exception(error)
-
-
-def _api_key(request: HTTPConnection) -> str:
-    """The key that came; empty if there was none."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() not in ("api-key", "bearer"):
-        key = request.headers.get("x-api-key", "")
-    return key.strip()
 
 
 def _received(message: Message) -> ProtocolMessage:
