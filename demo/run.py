@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +85,7 @@ def run_demo(directory: Path, *, steps: int, stay: bool, headless: bool, free_po
     """
     console = Console()
     headless = headless or not console.is_terminal
-    logs.configure("plain", level=logging.INFO)
+    logs.configure("plain", requests=False)  # the table says as much of each request
     planner_dir, action_dir = ensure_checkpoints(directory)
     config = _config(planner_dir, action_dir, free_ports=free_ports)
     return asyncio.run(_run(config, console, steps=steps, stay=stay, headless=headless))
