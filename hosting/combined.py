@@ -22,7 +22,7 @@ from hosting.policy import (
     SupersededError,
     UnavailableError,
 )
-from hosting.routing import ActionCalls, PlannerCalls, RequestMode, request_mode, run, without_mode
+from hosting.routing import ActionCalls, PlannerCalls, RequestMode, report_decode_steps, request_mode, run, without_mode
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, PromptSettings, parse_action_prompt_template
 from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 
@@ -176,7 +176,7 @@ class CombinedPolicy:
             text = client_text(error, slot="planner")
             memory.failed(basis, text)
             return memory.fallback(basis, {"text": "", "ms": (self._clock() - started_s) * 1e3, "error": text})
-        self._report_steps(subtask)
+        report_decode_steps(self._observer, subtask)
         return memory.planned(basis, subtask)
 
     def _refresh(self, memory: SessionPlan, basis: Basis, observation: Observation) -> Background:
@@ -197,7 +197,7 @@ class CombinedPolicy:
             case BaseException():
                 pass  # cancelled: the slot is being closed
             case _:
-                self._report_steps(answer)
+                report_decode_steps(self._observer, answer)
                 taken = memory.takes(basis)
                 if taken:
                     memory.planned(basis, answer)
@@ -219,10 +219,6 @@ class CombinedPolicy:
         if basis.task != task:
             subtask["task"] = basis.task
         return subtask
-
-    def _report_steps(self, subtask: Mapping[str, Any]) -> None:
-        if (steps := subtask.get("decode_steps")) is not None:
-            self._observer.decode_steps(steps)
 
     def _prompt(self, plan: Plan, settings: PromptSettings | None) -> str:
         """What the action policy is told."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import numpy as np
 
 from hosting.calls import Background, Origin, Question, Slot, SlotCall, Steps, Together
+from hosting.observer import Observer
 from hosting.policy import BatchPlannerPolicy, BatchPolicy, ModeError, Observation, ObservationError, PlannerPolicy, Policy, Reply, RequestError
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings
@@ -215,20 +216,27 @@ def action_route(policy: Policy) -> Route:
     return steps
 
 
-def planner_route(planner: PlannerPolicy, live: LiveSettings) -> Route:
+def report_decode_steps(observer: Observer, subtask: Any) -> None:
+    """What one answer of a planner took, where it tells."""
+    if isinstance(subtask, Mapping) and (steps := subtask.get("decode_steps")) is not None:
+        observer.decode_steps(steps)
+
+
+def planner_route(planner: PlannerPolicy, live: LiveSettings, observer: Observer | None = None) -> Route:
     """The planner endpoint: always just the subtask. Decoding is greedy, so a seed changes nothing."""
+    observer = observer or Observer()
     served: frozenset[RequestMode] = frozenset({"default", "subtask_only"})
     call = PlannerCalls(planner)
 
     def steps(obs: Observation, /, *, seed: int | None = None, origin: Origin | None = None) -> Steps:
         request_mode(obs, served)
         settings = live.current
-        return (
-            yield call(
-                without_mode(obs),
-                generation_prompt_format=settings.generation_prompt_format,
-                max_generation_tokens=settings.max_generation_tokens,
-            )
+        reply = yield call(
+            without_mode(obs),
+            generation_prompt_format=settings.generation_prompt_format,
+            max_generation_tokens=settings.max_generation_tokens,
         )
+        report_decode_steps(observer, reply.get("subtask"))
+        return reply
 
     return steps

@@ -308,11 +308,11 @@ class Service:
             self._open("action", combined.steps, combined.metadata)
             # A planner client sends the same cameras; it resizes them by the same list.
             shared = {key: value for key, value in action.metadata.items() if key == "image_specs"}
-            self._open("planner", planner_route(planner, self._live), {**planner.metadata, **shared})
+            self._open("planner", planner_route(planner, self._live, self._metrics), {**planner.metadata, **shared})
         elif action is not None:
             self._open("action", action_route(action), action.metadata)
         elif planner is not None:
-            self._open("planner", planner_route(planner, self._live), planner.metadata)
+            self._open("planner", planner_route(planner, self._live, self._metrics), planner.metadata)
 
     def _load_slot(self, slot: Slot, load: Callable[[ServiceConfig], T]) -> T:
         """On the slot's thread."""

@@ -16,6 +16,7 @@ import pytest
 from hosting.cadence import SessionPlan
 from hosting.calls import Origin, Slot, SlotCall, Steps
 from hosting.combined import CombinedPolicy
+from hosting.observer import Observer
 from hosting.policy import ModeError, ObservationError, Reply
 from hosting.request_queue import RequestQueue
 from hosting.routing import action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
@@ -153,6 +154,21 @@ def test_planner_route_takes_the_settings_in_force_when_the_request_comes() -> N
     assert (subtask["format"], subtask["limit"]) == ("New {task}", 9)
     with pytest.raises(ModeError, match="has no action policy"):
         run(route({"mode": "action_only"}))
+
+
+def test_the_planner_endpoint_reports_what_decoding_took_where_the_planner_tells() -> None:
+    class Steps(Observer):
+        seen: list[int] = []  # noqa: RUF012 - of this test
+
+        def decode_steps(self, steps: int) -> None:
+            self.seen.append(steps)
+
+    planner, observer = EchoPlanner(), Steps()
+    route = planner_route(planner, LiveSettings(PromptSettings()), observer)
+    run(route({"prompt": "x"}))
+    planner.infer = lambda obs, **settings: {"subtask": {"text": "y", "decode_steps": 4}}  # type: ignore[method-assign]
+    run(planner_route(planner, LiveSettings(PromptSettings()), observer)({"prompt": "x"}))
+    assert observer.seen == [4]
 
 
 class BatchedPolicy(EchoPolicy):
