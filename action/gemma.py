@@ -6,7 +6,7 @@ folded into the query length, so grouped attention is two plain matrix products 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,32 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
+class Attended(NamedTuple):
+    """Rotated keys and values that queries see, each ``[B, K, S, H]``."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Cache(Protocol):
+    """The keys and values of one layer so far."""
+
+    def append(self, k: Tensor, v: Tensor) -> Attended:
+        """Those so far and, after them, ``k`` and ``v`` ``[B, T, K, H]``."""
+
+
 class LayerCache(NamedTuple):
     """Rotated keys and values of one layer, each ``[B, K, S, H]``, allocated once and written in place."""
 
     keys: Tensor
     values: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> Attended:
+        """Writes ``k`` and ``v`` ``[B, T, K, H]`` to the last T positions."""
+        tokens = k.shape[1]
+        self.keys[:, :, -tokens:] = k.transpose(1, 2)
+        self.values[:, :, -tokens:] = v.transpose(1, 2)
+        return Attended(self.keys, self.values)
 
 
 def rope(positions: Tensor, head_dim: int) -> Rope:
@@ -143,14 +164,14 @@ class Block(nn.Module):
         self.gate_up = linear(width, 2 * mlp_dim)
         self.down = linear(mlp_dim, width)
 
-    def forward(self, x: Tensor, attention: Modulation, mlp: Modulation, rope: Rope, cache: LayerCache, mask: Tensor) -> Tensor:
-        """``x`` ``[B, T, D]`` after this layer. Its keys and values are written to the last T positions of ``cache``."""
+    def forward(self, x: Tensor, attention: Modulation, mlp: Modulation, rope: Rope, cache: Cache, mask: Tensor) -> Tensor:
+        """``x`` ``[B, T, D]`` after this layer. Its keys and values are appended to ``cache``."""
         heads = self.heads
         projected = self.qkv(modulate(x, attention)).unflatten(-1, (-1, heads.dim))
         rotated = rotate(projected[:, :, : heads.queries + heads.keys], rope)
         q, k = rotated.split([heads.queries, heads.keys], dim=2)
-        _append(cache, k, projected[:, :, heads.queries + heads.keys :])
-        x = _residual(x, self.out(attend(q, cache.keys, cache.values, mask)), attention.gate)
+        seen = cache.append(k, projected[:, :, heads.queries + heads.keys :])
+        x = _residual(x, self.out(attend(q, seen.keys, seen.values, mask)), attention.gate)
         gate, up = self.gate_up(modulate(x, mlp)).chunk(2, dim=-1)
         return _residual(x, self.down(F.gelu(gate, approximate="tanh") * up), mlp.gate)
 
@@ -182,10 +203,10 @@ class KeyValueBlock(nn.Module):
         self.kv = nn.Linear(width, 2 * heads.keys * heads.dim, bias=False, dtype=dtype, device="meta")
         self._unread = Block(width, mlp_dim, heads, adaptive=False, dtype=dtype).slots()
 
-    def forward(self, x: Tensor, attention: Modulation, rope: Rope, cache: LayerCache) -> None:
-        """Writes the keys and values of ``x`` ``[B, T, D]`` to the last T positions of ``cache``."""
+    def forward(self, x: Tensor, attention: Modulation, rope: Rope, cache: Cache) -> None:
+        """Appends the keys and values of ``x`` ``[B, T, D]`` to ``cache``."""
         k, v = self.kv(modulate(x, attention)).unflatten(-1, (-1, self.heads.dim)).chunk(2, dim=2)
-        _append(cache, rotate(k, rope), v)
+        cache.append(rotate(k, rope), v)
 
     def slots(self) -> dict[str, Tensor]:
         """As :meth:`Block.slots`; what is never read stays on the meta device, which keeps its shape and no values."""
@@ -195,10 +216,3 @@ class KeyValueBlock(nn.Module):
             "self_attn.v_proj.weight": v_proj,
             "input_layernorm.weight": self.attention_norm.scale,
         }
-
-
-def _append(cache: LayerCache, k: Tensor, v: Tensor) -> None:
-    """Writes ``k`` and ``v`` ``[B, T, K, H]`` to the last T positions of ``cache``."""
-    tokens = k.shape[1]
-    cache.keys[:, :, -tokens:] = k.transpose(1, 2)
-    cache.values[:, :, -tokens:] = v.transpose(1, 2)

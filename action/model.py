@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from action.gemma import Block, HeadDims, KeyValueBlock, LayerCache, Modulation, Rope, fold_rows, modulate, rms_norm, rope
+from action.gemma import Block, Cache, HeadDims, KeyValueBlock, LayerCache, Modulation, Rope, fold_rows, modulate, rms_norm, rope
 from action.siglip import VisionTower
 from pi0.param_tree import ExpertDims, ModelDims, Shape
 
@@ -31,7 +31,7 @@ class PrefixContext(NamedTuple):
     for pi0.5. ``mask`` ``[B, 1, rows, S]`` says which keys a suffix query sees.
     """
 
-    cache: list[LayerCache]
+    cache: Sequence[Cache]
     rope: Rope
     mask: Tensor
     state_token: Tensor | None

@@ -1,181 +1,173 @@
-"""``tandem demo``: the ordinary service on the demo's checkpoints, and a robot loop that talks to it over WebSocket."""
+"""``tandem demo``: the ordinary service on the demo's checkpoints, and a robot at the simulated table that talks to it over WebSocket."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from demo import scene
-from demo.checkpoints import MODEL_CONFIG, ensure_checkpoints
+from demo.episodes import Call, Episode, real_time
+from demo.serving import serving
 from hosting import logs
 from hosting.clients.client import Client
-from hosting.clients.errors import ConnectError, ConnectionLostError
-from hosting.config import (
-    ActionConfig,
-    ActionTransportConfig,
-    AdminConfig,
-    PlannerConfig,
-    PlannerSchedulerConfig,
-    PlannerTransportConfig,
-    ServiceConfig,
-)
+from hosting.clients.errors import ClientError
+from hosting.config import ServiceConfig
 from hosting.service import Service
 
+RATE_HZ = 10.0
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One request of the robot loop, as it is shown."""
-
-    task: str
-    subtask: str
-    actions: str
-    planner_ms: float
-    policy_ms: float
-    server_ms: float
-    round_trip_ms: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.task!r} → subtask {self.subtask!r}, actions {self.actions}, planner {self.planner_ms:.0f} ms, "
-            f"policy {self.policy_ms:.0f} ms, server {self.server_ms:.0f} ms, round trip {self.round_trip_ms:.0f} ms"
-        )
+_LINGER = 20
+"""Ticks for which a robot that is done waits to be told something else, where somebody watches."""
 
 
 @dataclass
 class Display:
-    """Prints exchanges: as a live table on a terminal, else a line each."""
+    """Shows the robot's episodes: live on a terminal, else a line for every change.
+
+    Attributes:
+        finished: the episodes that are over.
+    """
 
     console: Console
     live: Live | None
-    recent: list[Exchange] = field(default_factory=list)
+    addresses: Mapping[str, str]
+    finished: list[Episode] = field(default_factory=list)
+    _shown: tuple[int, str, str] | None = None
 
-    def show(self, exchange: Exchange) -> None:
-        """Add one exchange."""
+    def tick(self, episode: Episode, info: Mapping[str, Any]) -> None:
+        """One tick of the episode that is being played."""
+        if self.live is not None:
+            self.live.update(self._screen(episode, info))
+        elif episode.calls:
+            subtask = episode.calls[-1].reply["subtask"]
+            now = (episode.seed, episode.instruction, subtask["text"])
+            if now != self._shown:
+                self._shown = now
+                self._print(f"  step {episode.steps:3}  {subtask['text']!r}  ({timings(episode.calls[-1])})")
+
+    def begins(self, instruction: str) -> None:
+        """An episode begins."""
         if self.live is None:
-            self.console.print(str(exchange), highlight=False, markup=False, soft_wrap=True)
-            return
-        self.recent = [*self.recent, exchange][-_SHOWN:]
-        table = Table("task", "subtask (a random planner's words)", "actions", "planner", "policy", "server", "round trip", expand=True)
-        for row in self.recent:
-            times = (row.planner_ms, row.policy_ms, row.server_ms, row.round_trip_ms)
-            table.add_row(Text(row.task), Text(row.subtask), row.actions, *(f"{ms:.0f} ms" for ms in times))
-        self.live.update(Group(table))
+            self._print(f"{instruction!r}")
+
+    def ends(self, episode: Episode) -> None:
+        """An episode is over."""
+        self.finished.append(episode)
+        if self.live is None:
+            self._print(f"  {outcome(episode)}; {self.score}")
+
+    @property
+    def score(self) -> str:
+        """Successes so far."""
+        return f"{sum(episode.success for episode in self.finished)} of {len(self.finished)} episodes succeeded"
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _screen(self, episode: Episode, info: Mapping[str, Any]) -> RenderableType:
+        now = Table.grid(padding=(0, 2))
+        now.add_row("[dim]asked", Text(episode.instruction, style="bold"))
+        if episode.calls:
+            call = episode.calls[-1]
+            subtask = call.reply["subtask"]
+            now.add_row("[dim]subtask", Text(subtask["text"], style="bold green" if subtask.get("done") else "bold cyan"))
+            now.add_row("[dim]", f"{subtask['age_ms'] / 1e3:.2f} s old when it was used, revision {subtask['revision']}")
+            now.add_row("[dim]chunk", _chunk(call.reply))
+            now.add_row("[dim]took", timings(call))
+        now.add_row("[dim]goals", f"{info['goals_done']} of {len(info['goals'])} hold after {episode.steps} steps")
+        recent = Table("seed", "instruction", "outcome", "calls", "steps", expand=True, box=None, header_style="dim")
+        for past in self.finished[-_SHOWN:]:
+            recent.add_row(
+                str(past.seed), Text(past.instruction), outcome(past, markup=True), str(len(past.calls)), str(past.steps)
+            )
+        footer = f"[dim]{self.score}.  Page: [/dim]{self.addresses.get('admin', '')}[dim]   Ctrl-C ends.[/dim]"
+        return Group(Panel(now, title=f"seed {episode.seed}", title_align="left"), recent, footer)
 
 
-def run_demo(directory: Path, *, steps: int, stay: bool, headless: bool, free_ports: bool) -> int:
-    """Serve, stream ``steps`` observations, then (``stay``) leave the server up until Ctrl-C. Returns the exit code.
+def timings(call: Call) -> str:
+    """The parts of one request."""
+    reply = call.reply
+    policy = f"policy {reply['policy_timing']['infer_ms']:.0f} ms, " if "policy_timing" in reply else ""
+    return f"planner {reply['subtask']['ms']:.0f} ms, {policy}server {reply['server_timing']['infer_ms']:.0f} ms, round trip {call.ms:.0f} ms"
+
+
+def outcome(episode: Episode, *, markup: bool = False) -> str:
+    """How an episode ended, in a word or two."""
+    text, style = {
+        (True, True): ("done", "green"),
+        (True, False): ("done, but nobody said so", "yellow"),
+        (False, True): ("said to be done, but is not", "red"),
+        (False, False): ("not done", "red"),
+    }[episode.success, episode.done]
+    return f"[{style}]{text}[/]" if markup else text
+
+
+def _chunk(reply: Mapping[str, Any]) -> str:
+    if "actions" not in reply:
+        return "none: nothing is left to do"
+    actions = reply["actions"]
+    x, y, grip = actions[-1]
+    return f"{' × '.join(map(str, actions.shape))}, ends at x {(x + 1) / 2:.2f}, y {(y + 1) / 2:.2f}, gripper {'closed' if grip > 0 else 'open'}"
+
+
+def run_demo(config: ServiceConfig, *, episodes: int | None, headless: bool, first_seed: int = 0) -> int:
+    """Serve, and let the robot play ``episodes`` episodes, or until Ctrl-C. Returns the exit code.
 
     Args:
-        directory: where the demo's checkpoints are, or are written on first use.
+        config: of the server.
         headless: plain lines even on a terminal.
-        free_ports: any free ports instead of the usual ones.
+        first_seed: of the first table; the next ones follow.
     """
     console = Console()
-    headless = headless or not console.is_terminal
-    logs.configure("plain", requests=False)  # the table says as much of each request
-    planner_dir, action_dir = ensure_checkpoints(directory)
-    config = _config(planner_dir, action_dir, free_ports=free_ports)
-    return asyncio.run(_run(config, console, steps=steps, stay=stay, headless=headless))
+    logs.configure("plain", requests=False)  # the display says as much of each request
+    return asyncio.run(_run(config, console, episodes=episodes, headless=headless or not console.is_terminal, first_seed=first_seed))
 
 
-async def _run(config: ServiceConfig, console: Console, *, steps: int, stay: bool, headless: bool) -> int:
+async def _run(config: ServiceConfig, console: Console, *, episodes: int | None, headless: bool, first_seed: int) -> int:
     service = Service(config)
-    serving = asyncio.create_task(service.serve())
-    becoming_ready = asyncio.create_task(service.ready.wait())
-    await asyncio.wait([serving, becoming_ready], return_when=asyncio.FIRST_COMPLETED)
-    becoming_ready.cancel()
-    if not serving.done():
-        with _display(console, headless) as display:
-            streaming = asyncio.create_task(_stream(service.addresses["action"], steps, display))
-            await asyncio.wait([serving, streaming], return_when=asyncio.FIRST_COMPLETED)
-        if not streaming.done():
-            streaming.cancel()
-        elif isinstance(streaming.exception(), ConnectError | ConnectionLostError) and service.stopping:
-            return await serving  # Ctrl-C in the middle of the stream
-        else:
-            streaming.result()
-        if not serving.done():
-            if stay:
-                console.print(_what_next(service.addresses))
-            else:
-                service.stop()
-    return await serving
+    async with serving(service) as running:
+        if running.done():
+            return running.result()
+        with _display(console, headless, service.addresses) as display:
+            linger = 0 if headless else _LINGER
+            playing = asyncio.create_task(asyncio.to_thread(_play, service, display, episodes, first_seed, linger))
+            await asyncio.wait([running, playing], return_when=asyncio.FIRST_COMPLETED)
+            # After Ctrl-C, the robot notices at its next tick.
+            await playing
+    return running.result()
 
 
-async def _stream(url: str, steps: int, display: Display) -> None:
-    client = await asyncio.to_thread(Client, url, retry_lost=False)
+def _play(service: Service, display: Display, episodes: int | None, first_seed: int, linger: int) -> None:
+    """The robot, on its own thread."""
+    seeds = itertools.count(first_seed) if episodes is None else range(first_seed, first_seed + episodes)
     try:
-        for frame in range(steps):
-            obs = scene.observation(frame)
-            started_s = time.perf_counter()
-            reply = await asyncio.to_thread(client.infer, obs)
-            display.show(_exchange(obs, reply, (time.perf_counter() - started_s) * 1e3))
-    finally:
-        await asyncio.to_thread(client.close)
-
-
-def _exchange(obs: dict[str, Any], reply: dict[str, Any], round_trip_ms: float) -> Exchange:
-    return Exchange(
-        task=obs["prompt"],
-        subtask=reply["subtask"]["text"],
-        actions=" × ".join(map(str, reply["actions"].shape)),
-        planner_ms=reply["subtask"]["ms"],
-        policy_ms=reply["policy_timing"]["infer_ms"],
-        server_ms=reply["server_timing"]["infer_ms"],
-        round_trip_ms=round_trip_ms,
-    )
+        with closing(Client(service.addresses["action"], session_id="table", retry_lost=False)) as client:
+            for seed in seeds:
+                client.reset()
+                episode = real_time(
+                    client, seed, rate_hz=RATE_HZ, linger=linger, begins=display.begins, watch=display.tick, stop=lambda: service.stopping
+                )
+                if service.stopping:
+                    return
+                display.ends(episode)
+    except ClientError:
+        if not service.stopping:
+            raise
 
 
 @contextmanager
-def _display(console: Console, headless: bool) -> Iterator[Display]:
+def _display(console: Console, headless: bool, addresses: Mapping[str, str]) -> Iterator[Display]:
     if headless:
-        yield Display(console, None)
+        yield Display(console, None, addresses)
         return
     with Live(console=console, refresh_per_second=10) as live:
-        yield Display(console, live)
-
-
-def _what_next(addresses: dict[str, str]) -> Panel:
-    action, planner, admin = (addresses[name] for name in ("action", "planner", "admin"))
-    return Panel(
-        Text(
-            "The server is still up. In another terminal:\n\n"
-            f"  python main.py test ws {action}\n"
-            f"  python main.py test ws {action} --mode action_only\n"
-            f"  python main.py test ws {planner} --embodiment aloha\n"
-            f"  curl -X PATCH {admin}/config -H 'content-type: application/json' -d '{{\"action_prompt_template\": \"{{subtask}}\"}}'\n\n"
-            f"Prompt templates in the browser: {admin}/docs\n"
-            f"Health: curl {action.replace('ws://', 'http://')}/healthz\n"
-            "An unmodified openpi-client works as well. Ctrl-C stops the server."
-        ),
-        title="What to try next",
-        title_align="left",
-    )
-
-
-def _config(planner_dir: Path, action_dir: Path, *, free_ports: bool) -> ServiceConfig:
-    ports: dict[str, Any] = {}
-    if free_ports:
-        ports = {
-            "action_transport": ActionTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
-            "planner_transport": PlannerTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
-            "admin": AdminConfig(port=0),
-        }
-    return ServiceConfig(
-        action=ActionConfig(model_config_name=MODEL_CONFIG, checkpoint_dir=str(action_dir)),
-        planner=PlannerConfig(checkpoint_dir=str(planner_dir), scheduler=PlannerSchedulerConfig(max_batch=1)),
-        **ports,
-    )
+        yield Display(console, live, addresses)

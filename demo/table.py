@@ -28,7 +28,20 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from demo.expert import HORIZON
-from demo.instructions import FAMILIES, NO_GOAL, SUBTASKS, Goal, Instruction, goal_table, goals_hold, next_subtask, parse, random_instruction, say
+from demo.instructions import (
+    FAMILIES,
+    NO_GOAL,
+    SUBTASKS,
+    Family,
+    Goal,
+    Instruction,
+    goal_table,
+    goals_hold,
+    next_subtask,
+    parse,
+    random_instruction,
+    say,
+)
 from demo.render import SIZE, render
 from demo.world import COLOURS, Bools, Scenes, lay_out, start
 
@@ -71,6 +84,7 @@ class TableEnv(gymnasium.Env[Observation, NDArray[Any]]):
         self.action_space = spaces.Box(-1.0, 1.0, (3,), np.float64)
         self._scenes: Scenes | None = None
         self._instruction = ""
+        self._family: Family = FAMILIES[0]
         self._goals: tuple[Goal, ...] = ()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
@@ -93,7 +107,7 @@ class TableEnv(gymnasium.Env[Observation, NDArray[Any]]):
             goals = instruction.goals(scenes.rims[0], scenes.present[0])
             if not goals_hold(scenes.place, goal_table([goals])).all():
                 break
-        self._scenes, self._goals = scenes, goals
+        self._scenes, self._goals, self._family = scenes, goals, instruction.family
         self._instruction = say(instruction, self.np_random) if text is None else text
         return self._observation(), self._info()
 
@@ -116,12 +130,23 @@ class TableEnv(gymnasium.Env[Observation, NDArray[Any]]):
         Raises:
             InstructionError: the text is no instruction (the message shows examples), or not one for this table.
         """
-        self._goals = parse(text).goals(self.scenes.rims[0], self.scenes.present[0])
-        self._instruction = text
+        asked = parse(text)
+        self._goals = asked.goals(self.scenes.rims[0], self.scenes.present[0])
+        self._instruction, self._family = text, asked.family
 
     def render(self) -> Any:
         """The picture that the camera has, ``[224, 224, 3]``; None without a ``render_mode``."""
         return None if self.render_mode is None else render(self.scenes)[0]
+
+    @property
+    def family(self) -> Family:
+        """Which kind of instruction is asked."""
+        return self._family
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The ``info`` of this moment."""
+        return self._info()
 
     @property
     def scenes(self) -> Scenes:

@@ -112,6 +112,11 @@ class PromptTokenizer:
         """As :meth:`preview_action_prompt`, for a planner prompt in which the task already is."""
         return self._preview([prompt], max_len)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text as it is, with neither beginning nor end of text: what a subtask is in training."""
+        ids: list[int] = self._pieces.encode(text)
+        return ids
+
     def _encode(self, texts: Sequence[str]) -> list[int]:
         return [BOS_ID, *(token for text in texts for token in self._pieces.encode(text))]
 

@@ -74,19 +74,24 @@ def final_norm(params: GemmaParams, x: jax.Array) -> jax.Array:
     return _rms_norm(x, params.norm)
 
 
-def prefix_pass(params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeysValues]:
+def prefix_pass(params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array, *, tail: int = 0) -> tuple[jax.Array, KeysValues]:
     """Runs the whole prefix: every token sees every valid one.
 
     Args:
         x: ``[B, S, W]`` embeddings.
         mask: ``[B, S]``, which of them are valid. Only keys are masked: what comes out at an invalid position is never read,
             and a row of logits without any visible key cannot arise.
+        tail: how many tokens at the end are generated ones: they see what is before them, and nothing before them sees them, so
+            they come out as :func:`decode_pass` would give them one by one.
 
     Returns:
-        ``[B, S, W]`` hidden states before the final norm, and the prefix's keys and values.
+        ``[B, S, W]`` hidden states before the final norm, and keys and values of all.
     """
     positions = jnp.cumsum(mask, axis=-1) - 1
     visible = mask[:, None, None, None, :]
+    if tail:
+        order = jnp.arange(x.shape[1])
+        visible = visible & ((order < x.shape[1] - tail) | (order <= order[:, None]))[:, None, :]
 
     def layer(x: jax.Array, block: GemmaBlockParams) -> tuple[jax.Array, KeysValues]:
         query, key, value = _project(block, dims, x, positions)

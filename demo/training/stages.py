@@ -1,0 +1,202 @@
+"""The four stages of the demo's training, each a function and each its own process (:mod:`demo.training.run`):
+
+======= =============================== ======= =============================
+stage   learns                          in      from
+======= =============================== ======= =============================
+vision  to see (to read facts off)      PyTorch first values
+planner the next subtask                JAX     the vision stage's checkpoint
+action  the chunk of a subtask          PyTorch the vision stage's checkpoint
+flat    the chunk of a long instruction PyTorch the vision stage's checkpoint
+======= =============================== ======= =============================
+
+Every stage reads and writes checkpoints in the formats that are served, through the ordinary readers. The towers stay as the vision stage
+left them: it is what makes the rest short. The flat policy is the baseline (docs/demo.md): the same model, the same start, the same number
+of steps and the same losses as the action policy, but told only the long instruction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from demo.sampling import held_out_rng, training_rng
+from demo.training.batches import PLACES, QUERIES, ActionRows, Batches
+from demo.training.start import DIMS, SCALE, first_leaves
+from demo.training.tokenizer import train_tokenizer
+from pi0.tokenizer import TOKENIZER_FILE, PromptTokenizer
+
+Stage = Literal["vision", "planner", "action", "flat"]
+STAGES: Final[tuple[Stage, ...]] = ("vision", "planner", "action", "flat")
+
+STEPS: Final[dict[Stage, int]] = {"vision": 2200, "planner": 3200, "action": 2000, "flat": 2000}
+"""Optimiser steps of a full training."""
+BATCH: Final[dict[Stage, int]] = {"vision": 96, "planner": 32, "action": 32, "flat": 32}
+RATE: Final[dict[Stage, float]] = {"vision": 2e-3, "planner": 1e-3, "action": 1e-3, "flat": 1e-3}
+DRAWS: Final = 4
+"""Noises and times for each observation of the flow-matching loss."""
+PROBE_WEIGHT: Final = 0.5
+
+_HELD_OUT_ROWS = 2048
+_REPORT_EVERY = 25
+_MEASURE_EVERY = 400
+
+Report = Callable[[int, dict[str, float]], None]
+"""(steps done, metrics)"""
+
+
+def vision(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+    """Writes ``directory/vision``: a whole π0.5 checkpoint, in both formats, whose tower can see, and the tokenizer."""
+    import torch
+
+    from action.checkpoint import load_model
+    from action.export import save_model, tower_leaves
+    from action.training import Readout, Trainer, grow_patches, readout_loss, shrink_patches
+    from planner.export import write_params
+
+    target = directory / "vision"
+    target.mkdir(parents=True)
+    (target / TOKENIZER_FILE).write_bytes(train_tokenizer())
+    tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
+    numbers = {tokenizer.encode(f" {number}")[0]: number for number in range(256)}
+    leaves = first_leaves(seed, numbers)
+    write_params(directory / "first" / "params", leaves)
+    model = load_model(directory / "first", dtype=torch.float32, device=torch.device("cpu"))
+    shrink_patches(model, SCALE)
+    tower = model.vision.requires_grad_(True)
+    readout = Readout(DIMS.backbone.vlm.width, QUERIES, PLACES, generator=torch.Generator().manual_seed(seed))
+    trainer = Trainer([tower, readout], steps, rate=RATE["vision"])
+    batches = Batches(tokenizer, training_rng(seed))
+
+    def loss(batches: Batches, rows: int) -> Any:
+        images, points, classes = batches.readout(rows)
+        tokens = tower(torch.from_numpy(images))
+        return readout_loss(tokens, readout, torch.from_numpy(points), torch.from_numpy(classes).long())
+
+    for step in range(1, steps + 1):
+        value, metrics = loss(batches, BATCH["vision"])
+        trainer.step(value)
+        report(step, metrics)
+    trainer.take_averages()
+    tower.requires_grad_(False)
+    with torch.inference_mode():
+        _, metrics = loss(Batches(tokenizer, held_out_rng(seed)), _HELD_OUT_ROWS)
+    grow_patches(model, SCALE)
+    # What nothing read, and so nothing trained, is in the first leaves alone.
+    write_params(target / "params", leaves | tower_leaves(model))
+    save_model(model, target)
+    return metrics
+
+
+def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+    """Writes ``directory/planner``, from ``directory/vision``."""
+    from planner.export import write_params
+    from planner.training import SubtaskBatch, SubtaskTrainer
+
+    source, target = directory / "vision", directory / "planner"
+    target.mkdir()
+    (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
+    tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
+    trainer = SubtaskTrainer(source, tokenizer.vocab_size, steps, rate=RATE["planner"], scale=SCALE, classes=PLACES, probe_weight=PROBE_WEIGHT, seed=seed)
+
+    def drawn(batches: Batches, rows: int) -> SubtaskBatch:
+        return SubtaskBatch(**vars(batches.planner(rows)))
+
+    batches, held_out = Batches(tokenizer, training_rng(seed)), Batches(tokenizer, held_out_rng(seed))
+    for step in range(1, steps + 1):
+        metrics = trainer.step(drawn(batches, BATCH["planner"]))
+        if step % _MEASURE_EVERY == 0:
+            metrics["held_out"] = trainer.measure(drawn(held_out, _HELD_OUT_ROWS // 8))["right"]
+        report(step, metrics)
+    final = [trainer.measure(drawn(held_out, _HELD_OUT_ROWS // 8)) for _ in range(8)]
+    write_params(target / "params", {name: leaf.astype(bfloat16) for name, leaf in trainer.leaves().items()})
+    return {name: float(np.mean([metrics[name] for metrics in final])) for name in final[0]}
+
+
+def _act(stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+    import torch
+
+    from action.checkpoint import load_model
+    from action.export import save_model
+    from action.training import Trainer, flow_loss, grow_patches, shrink_patches
+
+    torch.set_num_threads(1)
+    source, target = directory / "vision", directory / stage
+    target.mkdir()
+    tokenizer_file = (source / TOKENIZER_FILE).read_bytes()
+    (target / TOKENIZER_FILE).write_bytes(tokenizer_file)
+    tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
+    model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    shrink_patches(model, SCALE)
+    model.requires_grad_(True)
+    model.vision.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    trainer = Trainer([model], steps, rate=RATE[stage])
+    batches = Batches(tokenizer, training_rng(seed))
+
+    def loss(batches: Batches, rows: int, step: int, generator: torch.Generator) -> torch.Tensor:
+        drawn = draw(batches, rows, step)
+        arrays = (drawn.images[:, None], drawn.tokens, drawn.token_mask, drawn.actions)
+        return flow_loss(model, *map(torch.from_numpy, arrays), draws=DRAWS, generator=generator)
+
+    for step in range(1, steps + 1):
+        value = loss(batches, BATCH[stage], step, generator)
+        trainer.step(value)
+        report(step, {"loss": value.item()})
+    trainer.take_averages()
+    model.requires_grad_(False)
+    held_out, fixed = Batches(tokenizer, held_out_rng(seed)), torch.Generator().manual_seed(seed + 1)
+    with torch.inference_mode():
+        losses = [loss(held_out, _HELD_OUT_ROWS // 8, step, fixed).item() for step in range(8)]
+    grow_patches(model, SCALE)
+    save_model(model, target, dtype=torch.bfloat16)
+    return {"loss": float(np.mean(losses))}
+
+
+def action(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+    """Writes ``directory/action``, from ``directory/vision``: bare subtasks and the server's default prompt form in turn."""
+    return _act("action", lambda batches, rows, step: batches.action(rows, with_task=step % 2 == 0), directory, steps=steps, seed=seed, report=report)
+
+
+def flat(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+    """Writes ``directory/flat``, from ``directory/vision``: long instructions, the chunk of what is due."""
+    return _act("flat", lambda batches, rows, step: batches.flat(rows), directory, steps=steps, seed=seed, report=report)
+
+
+def main() -> None:
+    """``python -m demo.training.stages STAGE DIRECTORY STEPS SEED``: one stage; progress as JSON lines on the standard output."""
+    stage, directory, steps, seed = sys.argv[1:]
+    _keep_to_one_core(stage)
+    started_s = time.perf_counter()
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        if step % _REPORT_EVERY == 0 or step == int(steps):
+            _print({"step": step, **metrics})
+
+    run = {"vision": vision, "planner": planner, "action": action, "flat": flat}[stage]
+    result = run(Path(directory), steps=int(steps), seed=int(seed), report=report)
+    used_s = round(time.process_time(), 1)
+    _print({"done": stage, "steps": int(steps), "seconds": round(time.perf_counter() - started_s, 1), "cpu_seconds": used_s, **result})
+
+
+def _keep_to_one_core(stage: str) -> None:
+    """Two stages run side by side, and threads that wait for a core of the other's spin; one core each is also what makes a training repeatable."""
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[0] if stage == "planner" else cores[-1]})
+
+
+def _print(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
