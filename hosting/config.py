@@ -147,7 +147,7 @@ class ActionConfig(_Section):
     """The action slot: a PyTorch pi0 or pi0.5 policy."""
 
     model_config_name: Text
-    """An openpi training config, such as ``pi05_droid``; it fixes embodiment, horizon and normalisation."""
+    """An openpi training config, such as ``pi05_droid``, or ``module:NAME`` for one of your own; it fixes embodiment, horizon and normalisation."""
     checkpoint_dir: Text
     """Local directory, or ``gs://``, ``s3://``, ``hf://`` address."""
     default_prompt: Text | None = None

@@ -17,7 +17,7 @@ from action.processing import Processor
 from pi0.cameras import MODEL_CAMERAS
 from pi0.errors import CheckpointError, ObservationError, PromptTooLongError
 from pi0.norm_stats import Stats
-from tests.action.policy_cases import OPENPI_CONFIGS, POLICY_CASES, golden_call, processor, tokenizer
+from tests.action.policy_cases import POLICY_CASES, golden_call, processor, tokenizer
 from tests.golden_data import CHECKPOINTS
 
 IMAGE = np.zeros((3, 8, 8), np.uint8)
@@ -252,7 +252,7 @@ class TestBuckets:
     def test_fit_the_config(self, config: str, buckets: tuple[int, ...]) -> None:
         assert processor(config).buckets == buckets
 
-    @pytest.mark.parametrize("name", OPENPI_CONFIGS)
+    @pytest.mark.parametrize("name", CONFIGS)
     def test_every_length_has_the_shortest_that_holds_it(self, name: str) -> None:
         transforms = processor(name)
         for length in range(1, CONFIGS[name].max_token_len + 1):
@@ -272,14 +272,14 @@ class TestRobotActions:
         assert actions.dtype == np.float64
         assert actions.flags.c_contiguous
 
-    @given(st.integers(1, 50), st.sampled_from(sorted(OPENPI_CONFIGS)))
+    @given(st.integers(1, 50), st.sampled_from(sorted(CONFIGS)))
     def test_width(self, horizon: int, name: str) -> None:
         robot = CONFIGS[name].embodiment
         actions = _CACHED[name].robot_actions(np.zeros((horizon, 32), np.float32), np.zeros(robot.state_dim))
         assert actions.shape == (horizon, robot.action_dim)
 
 
-_CACHED = {name: processor(name) for name in OPENPI_CONFIGS}
+_CACHED = {name: processor(name) for name in CONFIGS}
 
 
 def stats(width: int | None) -> Stats | None:

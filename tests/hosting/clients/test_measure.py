@@ -84,7 +84,8 @@ def test_a_server_whose_cameras_are_unknown() -> None:
         url = running.addresses["action"]
         with pytest.raises(TestError) as error:
             run(url)
-        assert str(error.value) == f"the server at {url} names no known cameras; say which observation to send with --embodiment aloha|droid|libero"
+        known = "aloha|droid|libero|table"
+        assert str(error.value) == f"the server at {url} names no known cameras; say which observation to send with --embodiment {known}"
         assert run(url, embodiment="droid")["embodiment"] == "droid"
 
 
