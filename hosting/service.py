@@ -404,17 +404,18 @@ class Service:
 
 def load_action(config: ServiceConfig) -> Policy:
     """The configured action policy. Imports torch."""
-    from action import ActionPolicy, set_num_threads
+    from action import ActionPolicy, get_config, set_num_threads
 
     assert config.action is not None
     slot = config.action
+    model_config = get_config(slot.model_config_name)  # before the checkpoint, which may have to be fetched
     if config.planner is not None and "OMP_NUM_THREADS" not in os.environ:
         # Torch's threads wait for each other spinning. With the planner on the same cores, one that has to wait for its core makes all of
         # them spin: an action call of 27 ms became 800 ms. (docs/benchmarks.md)
         set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     mode = pytorch_compile_mode()
     policy: Policy = ActionPolicy.load(
-        slot.model_config_name,
+        model_config,
         _local(slot.checkpoint_dir),
         tokenizer=slot.tokenizer,
         dtype=slot.dtype,

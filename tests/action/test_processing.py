@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -317,31 +313,6 @@ class TestCheckpointFit:
         with pytest.raises(CheckpointError) as caught:
             self.make(stats(state), stats(actions), action_dim)
         assert str(caught.value) == message
-
-
-def test_docs_example_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The UR5 of docs/embodiments.md, run as printed."""
-    text = (Path(__file__).parents[2] / "docs" / "embodiments.md").read_text()
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
-    module = types.ModuleType("action.embodiments.ur5")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    # dont_inherit: the page must work without this file's own future imports.
-    for block in blocks:
-        exec(compile(block, "docs/embodiments.md", "exec", dont_inherit=True), module.__dict__)
-    config = module.PI0_UR5
-    entry = {"mean": [0.0] * 7, "std": [1.0] * 7}
-    stats = tmp_path / "assets" / "ur5e" / "norm_stats.json"
-    stats.parent.mkdir(parents=True)
-    stats.write_text(json.dumps({"norm_stats": {"state": entry, "actions": entry}}))
-    transforms = processor(config, tmp_path)
-    example = config.embodiment.example(np.random.default_rng(0))
-    prepared = transforms.prepare(example)
-    assert prepared.image_masks.tolist() == [True, True, False]
-    actions = transforms.robot_actions(np.zeros((50, 32), np.float32), prepared.state)
-    np.testing.assert_allclose(actions[0], [*example["joints"], 0.0])
-    with pytest.raises(ObservationError, match=r"^joints: missing, expected \[6\] numbers"):
-        transforms.prepare(without(example, "joints"))
 
 
 def test_prepare_does_not_write_into_the_observation() -> None:
