@@ -70,7 +70,7 @@ class ActionPolicy:
         """A policy from an openpi, LeRobot or Orbax checkpoint.
 
         Args:
-            model_config_name: an openpi config name, or a config of your own.
+            model_config_name: an openpi config name, or a config of your own: itself, or its ``module:NAME``.
             checkpoint_dir: the checkpoint root or its ``params/``, local or ``gs://``, ``s3://``, ``hf://``; norm stats come from its ``assets/``.
             tokenizer: a SentencePiece model; None takes the checkpoint's, else the cached PaliGemma one.
             dtype: ``"float32"`` or ``"bfloat16"``; None is bfloat16 on CUDA and float32 elsewhere.

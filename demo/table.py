@@ -8,14 +8,13 @@
     obs, info = env.reset(seed=0)
     for _ in range(MAX_CALLS):
         reply = client.infer({**obs, "prompt": info["instruction"]})
-        if reply["subtask"]["text"] == ALL_DONE:
+        if reply["subtask"]["done"]:  # with planner.done_subtasks ["all done"]
             break
         for action in reply["actions"]:
             obs, reward, terminated, truncated, info = env.step(action)
     print(info["success"])
 
-An observation has the keys of the embodiment ``table`` (:mod:`action.embodiments.table`), an action is one row of a chunk. Needs the
-extra ``demo``.
+An observation has the keys that the robot takes (:class:`demo.robot.Table`), an action is one row of a chunk. Needs the extra ``demo``.
 """
 
 from __future__ import annotations

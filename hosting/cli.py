@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -85,6 +86,7 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
 
     loaded = load_config(config, _overrides(set_))
     logs.configure(loaded.config.log_format, requests=loaded.config.log_requests)
+    _import_from_working_directory()
     service_module = _require_serving()
     try:
         sys.exit(asyncio.run(_serve(service_module, loaded.config)))
@@ -197,7 +199,7 @@ def prepare_checkpoint(
 
 ModeOption = Annotated[Literal["default", "subtask_only", "action_only"] | None, typer.Option(help="Request mode to send.", show_default=False)]
 EmbodimentOption = Annotated[
-    Literal["aloha", "droid", "libero"] | None,
+    Literal["aloha", "droid", "libero", "table"] | None,
     typer.Option(help="Observation to send. Default: as the server's metadata ask.", show_default=False),
 ]
 PromptOption = Annotated[str, typer.Option(help="Task to send.")]
@@ -345,6 +347,14 @@ def _overrides(assignments: list[str] | None) -> dict[str, Any]:
 async def _serve(service_module: Any, config: Any) -> int:
     code: int = await service_module.Service(config).serve()
     return code
+
+
+def _import_from_working_directory() -> None:
+    """Let ``action.model_config_name`` name a module in the working directory, however the command was started: ``tandem`` has its own directory
+    at the front of the path instead, and ``python …/main.py`` that of ``main.py``. At the end, so that no file there hides an installed package."""
+    with contextlib.suppress(OSError):  # the directory may be gone
+        if (directory := os.getcwd()) not in sys.path:
+            sys.path.append(directory)
 
 
 def _require_serving() -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from hosting.cadence import Basis, Cadence, Plan, Refresh, SessionPlan
 from hosting.calls import Background, Origin, SlotCall, Steps
+from hosting.done_subtasks import DoneSubtasks
 from hosting.failures import client_text
 from hosting.observer import Observer
 from hosting.policy import (
@@ -56,6 +57,8 @@ class CombinedPolicy:
     ``template_revision`` the one revision of the prompt settings that both prompts were made with
     ``error``             only where the planner's last answer failed to come: why
     ``task``              only where it is not the request's: the task that was acted on, since its own has no subtask yet
+    ``done``              only with ``done_subtasks``: whether it is one of them. Then the action policy is not asked, and in every mode the reply is
+                          ``{"subtask": …}``
     ===================== ===================================================================================================
 
     Args:
@@ -68,11 +71,12 @@ class CombinedPolicy:
             request. A request that is wrong (no camera, prompt too long) fails either way.
         cadence: when a session's subtask is planned anew. A request without a session plans its own.
         timeout_s: how long the planner is waited for; None: for ever. Being late is a failure of the planner.
+        done_subtasks: what the planner says when nothing is left to do (:class:`~hosting.done_subtasks.DoneSubtasks`).
         clock: what ``Origin.arrived_s`` is a reading of, in seconds.
         observer: is told of every subtask.
 
     Raises:
-        ConfigError: the template is wrong.
+        ConfigError: the template is wrong, or a done subtask is.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class CombinedPolicy:
         on_failure: OnFailure = "use_task",
         cadence: Cadence = _EVERY_REQUEST,
         timeout_s: float | None = None,
+        done_subtasks: Sequence[str] = (),
         clock: Callable[[], float] = time.perf_counter,
         observer: Observer | None = None,
     ) -> None:
@@ -97,6 +102,7 @@ class CombinedPolicy:
         self._on_failure = on_failure
         self._cadence = cadence
         self._timeout_s = timeout_s
+        self._done = DoneSubtasks(done_subtasks)
         self._clock = clock
         self._observer = observer or Observer()
 
@@ -132,6 +138,8 @@ class CombinedPolicy:
         plan: Plan | None = None
         if mode == "default" and not (origin is not None and origin.replan):
             plan = self._cadence.usable(memory, basis, now_s)
+            if plan is not None and plan.basis.task != task and self._done.says(plan.subtask):
+                plan = None  # with on_task_change "keep": nothing is left to go on with, and the new task is not done because the old one is
             if plan is None and use_task and self._cadence.forgoes(memory, now_s):
                 plan = memory.fallback(basis, {"text": "", "ms": 0.0, "error": memory.error})
         waited = plan is None
@@ -143,10 +151,15 @@ class CombinedPolicy:
         if not plan.basis.plans_alike(settings):
             settings = plan.basis.settings
         subtask = self._reported(plan, memory, settings, task=task, waited=waited)
+        done = self._done.says(plan.subtask)
+        if done:
+            self._observer.subtask_done()
         if mode == "subtask_only":
             return {"subtask": subtask}
         if "error" not in plan.subtask:
             self._observer.subtask_used(subtask["age_ms"] / 1e3, waited=waited)
+        if done:
+            return {"subtask": subtask}
         reply = yield self._act({**observation, "prompt": self._prompt(plan, settings)}, **sampling)
         return {**reply, "subtask": subtask}
 
@@ -208,6 +221,7 @@ class CombinedPolicy:
         basis = plan.basis
         subtask: dict[str, Any] = {
             **plan.subtask,
+            **self._done.flag(plan.subtask),
             "age_ms": (self._clock() - basis.observed_s) * 1e3,
             "revision": plan.revision,
             "source_index": basis.source_index,

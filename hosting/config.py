@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from hosting.config_problems import shown, unknown_field, validation_problems
 from hosting.config_sources import Layer, merge, read_environment, read_file, read_mapping
+from hosting.done_subtasks import DoneSubtasks
 from hosting.protocol.profiles import ProfileName, ReplyShape
 from hosting.templates import (
     DEFAULT_ACTION_PROMPT_TEMPLATE,
@@ -85,6 +86,16 @@ def _resolution(text: str) -> str:
     return text
 
 
+def _done_subtasks(texts: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        DoneSubtasks(texts)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    for text in texts:
+        _usable(text)
+    return texts
+
+
 def _template(parse: Callable[[str], Template]) -> AfterValidator:
     def check(text: str) -> str:
         try:
@@ -136,7 +147,7 @@ class ActionConfig(_Section):
     """The action slot: a PyTorch pi0 or pi0.5 policy."""
 
     model_config_name: Text
-    """An openpi training config, such as ``pi05_droid``; it fixes embodiment, horizon and normalisation."""
+    """An openpi training config, such as ``pi05_droid``, or ``module:NAME`` for one of your own; it fixes embodiment, horizon and normalisation."""
     checkpoint_dir: Text
     """Local directory, or ``gs://``, ``s3://``, ``hf://`` address."""
     default_prompt: Text | None = None
@@ -187,6 +198,9 @@ class PlannerConfig(_Section):
     """With ``async``: a request with a new task waits for its subtask, or goes on with the old task and its subtask until there is one."""
     timeout_s: Seconds | None = None
     """Combined mode: seconds that an action request waits for the planner until planning counts as failed (``on_failure``); None: for ever."""
+    done_subtasks: Annotated[tuple[str, ...], AfterValidator(_done_subtasks)] = ()
+    """Subtasks that say that nothing is left to do: they are flagged in the reply, and the action policy is not asked. Case, outer whitespace and one
+    final full stop do not count."""
     scheduler: PlannerSchedulerConfig = PlannerSchedulerConfig()
 
 

@@ -33,12 +33,14 @@ def validation_problems(details: Iterable[ErrorDetails], model: type[BaseModel],
 
 
 def _lines(detail: ErrorDetails, model: type[BaseModel], origin: Callable[[Location], str | None]) -> list[str]:
-    location: Location = tuple(str(part) for part in detail["loc"])
+    path = detail["loc"]
+    item = f"[{path[-1]}]" if path and isinstance(path[-1], int) else ""  # of a list
+    location: Location = tuple(str(part) for part in (path[:-1] if item else path))
     if not location:  # a rule between fields, whose message names them
         return str(detail["ctx"]["error"]).splitlines()
     if detail["type"] == "extra_forbidden":
         return [unknown_field(location, model, origin(location))]
-    name = ".".join(location)
+    name = ".".join(location) + item
     source = origin(location)
     source = f" ({source})" if source else ""
     if detail["type"] == "missing":
@@ -46,7 +48,7 @@ def _lines(detail: ErrorDetails, model: type[BaseModel], origin: Callable[[Locat
     if detail["type"] == "value_error":
         return [f"{name}: {detail['ctx']['error']}{source}"]
     field = field_at(model, location)
-    expected = expectation(field) if field else "a known field"
+    expected = "a string" if item else expectation(field) if field else "a known field"
     got = shown(detail["input"]) if field is None or field.repr else f"a {type(detail['input']).__name__}, which is secret and not shown"
     return [f"{name}: expected {expected}, got {got}{source}"]
 
@@ -104,6 +106,8 @@ def expectation(field: FieldInfo) -> str:
         text = f"an object with the fields {', '.join(section.model_fields)}"
     elif get_origin(kind) is Literal:
         text = f"one of {', '.join(shown(choice) for choice in get_args(kind))}"
+    elif get_origin(kind) is tuple:
+        text = 'a list of strings (["…", "…"])'
     else:
         text = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[kind]
     if lowest is not None:

@@ -82,7 +82,7 @@ class Conversation:
         match call.request:
             case InferRequest():
                 result, infer_ms = await self._endpoint.serve(call.request, call.arrived_s, self._sessions, served)
-                return self._connection.reply(call, result, infer_ms=infer_ms)
+                return self._connection.reply(call, result, infer_ms=infer_ms, acting=self._endpoint.slot == "action")
             case MetadataRequest():
                 return await self.hello()
             case ResetRequest():

@@ -15,6 +15,7 @@ import numpy as np
 
 from hosting import __version__
 from hosting.calls import Origin, Served, Slot
+from hosting.done_subtasks import done_rows
 from hosting.observer import Observer
 from hosting.policy import DrainingError, MessageError, Observation, Reply, RequestError
 from hosting.protocol import jpeg
@@ -96,7 +97,8 @@ class Endpoint:
     async def serve(self, request: InferRequest, arrived_s: float, sessions: ClientSessions, served: list[Served]) -> tuple[Reply, float]:
         """One request → its reply and the time it took in ms, the wait for the slot's thread included.
 
-        A batched request's reply has a leading axis in every array, ``policy_timing`` once, and lists of everything else.
+        A batched request's reply has a leading axis in every array, ``policy_timing`` once, and lists of everything else. Where nothing is left to
+        do for some of its rows, arrays are lists too, with None for those.
 
         Args:
             arrived_s: when it came, as :func:`time.perf_counter`; its deadline runs from there.
@@ -205,16 +207,20 @@ def _index(row: Row, place_in_session: int) -> int:
 def _stacked(replies: Sequence[Reply]) -> Reply:
     """Replies of one batch as one.
 
+    A row for which nothing is left to do has no arrays. It must not fail the others, nor get numbers that somebody might act on, nor move them up.
+
     Raises:
         MessageError: they do not have the same arrays, because their requests had different modes.
     """
     stacked: Reply = {}
+    done = {index for index, reply in enumerate(replies) if done_rows(reply)}
     for key, value in {key: value for reply in reversed(replies) for key, value in reply.items()}.items():
         rows = [reply.get(key) for reply in replies]
         if isinstance(value, np.ndarray):
-            if absent := [index for index, row in enumerate(rows) if row is None]:
-                raise MessageError(f"batch[{absent[0]}]: its reply has no {key}, as others of the batch do; send one mode per batch")
-            stacked[key] = np.stack(rows)  # type: ignore[arg-type]
+            absent = [index for index, row in enumerate(rows) if row is None]
+            if unexplained := [index for index in absent if index not in done]:
+                raise MessageError(f"batch[{unexplained[0]}]: its reply has no {key}, as others of the batch do; send one mode per batch")
+            stacked[key] = rows if absent else np.stack(rows)  # type: ignore[arg-type]
         else:
             stacked[key] = value if key == "policy_timing" else rows
     return stacked

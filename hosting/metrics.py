@@ -14,6 +14,7 @@
 ``tandem_sessions``                        gauge      sessions that are remembered now
 ``tandem_subtask_age_seconds``             histogram  age of the observation behind the subtask that an action request used
 ``tandem_subtask_waits_total``             counter    action requests that waited for their subtask
+``tandem_subtask_done_total``              counter    subtasks in replies that say that nothing is left to do
 ``tandem_planner_refreshes_total``         counter    background refreshes by ``outcome``: ok, stale, superseded, failed
 ``tandem_planner_shared_total``            counter    planner calls answered by an equal one in flight
 ``tandem_planner_decode_steps_total``      counter    decode steps of all subtasks
@@ -44,7 +45,7 @@ MODES = ("default", "subtask_only", "action_only", "reset", "metadata", "unknown
 OUTCOMES = (
     *("ok", "cancelled", "internal"),
     *("message", "observation", "prompt_too_long", "mode", "unauthorized"),
-    *("overloaded", "deadline", "superseded", "draining"),
+    *("overloaded", "deadline", "superseded", "draining", "done"),
 )
 """``ok``, ``cancelled``, or the code of a :class:`hosting.failures.Failure`."""
 REFRESHES = ("ok", "stale", "superseded", "failed")
@@ -106,6 +107,7 @@ class Metrics(Observer):
         self._overloaded = by_slot(counter("overloaded", "Calls refused because the queue was full.", "slot"))
         self._subtask_age = histogram("subtask_age_seconds", "Age of the observation behind the subtask that was used.", _AGE_SECONDS)
         self._subtask_waits = counter("subtask_waits", "Action requests that waited for their subtask.")
+        self._subtask_done = counter("subtask_done", "Subtasks in replies that say that nothing is left to do.")
         refreshes = counter("planner_refreshes", "Background refreshes of a subtask that ended.", "outcome")
         self._refreshed = {outcome: refreshes.labels(outcome).inc for outcome in REFRESHES}
         self._shared = counter("planner_shared", "Planner calls answered by an equal one in flight.")
@@ -162,6 +164,9 @@ class Metrics(Observer):
         self._subtask_age.observe(age_s)
         if waited:
             self._subtask_waits.inc()
+
+    def subtask_done(self) -> None:
+        self._subtask_done.inc()
 
     def shared(self) -> None:
         self._shared.inc()

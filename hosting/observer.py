@@ -33,6 +33,9 @@ class Observer:
     def subtask_used(self, age_s: float, *, waited: bool) -> None:
         """An action request was answered with a subtask planned from an observation ``age_s`` old."""
 
+    def subtask_done(self) -> None:
+        """A request was answered with a subtask that says that nothing is left to do."""
+
     def shared(self) -> None:
         """A planner call was answered by an equal one in flight."""
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import numpy as np
 
 from hosting.calls import Background, Origin, Question, Slot, SlotCall, Steps, Together
+from hosting.done_subtasks import DoneSubtasks
 from hosting.observer import Observer
 from hosting.policy import BatchPlannerPolicy, BatchPolicy, ModeError, Observation, ObservationError, PlannerPolicy, Policy, Reply, RequestError
 from hosting.scheduler import SlotWorker
@@ -222,9 +223,14 @@ def report_decode_steps(observer: Observer, subtask: Any) -> None:
         observer.decode_steps(steps)
 
 
-def planner_route(planner: PlannerPolicy, live: LiveSettings, observer: Observer | None = None) -> Route:
-    """The planner endpoint: always just the subtask. Decoding is greedy, so a seed changes nothing."""
+def planner_route(planner: PlannerPolicy, live: LiveSettings, observer: Observer | None = None, *, done_subtasks: Sequence[str] = ()) -> Route:
+    """The planner endpoint: always just the subtask. Decoding is greedy, so a seed changes nothing.
+
+    Args:
+        done_subtasks: with any, every subtask says in ``done`` whether it is one of them.
+    """
     observer = observer or Observer()
+    ends = DoneSubtasks(done_subtasks)
     served: frozenset[RequestMode] = frozenset({"default", "subtask_only"})
     call = PlannerCalls(planner)
 
@@ -236,7 +242,10 @@ def planner_route(planner: PlannerPolicy, live: LiveSettings, observer: Observer
             generation_prompt_format=settings.generation_prompt_format,
             max_generation_tokens=settings.max_generation_tokens,
         )
-        report_decode_steps(observer, reply.get("subtask"))
-        return reply
+        subtask = reply.get("subtask")
+        report_decode_steps(observer, subtask)
+        if ends.says(subtask):
+            observer.subtask_done()
+        return {**reply, "subtask": {**subtask, **ends.flag(subtask)}} if ends and isinstance(subtask, Mapping) else reply
 
     return steps

@@ -303,16 +303,21 @@ class Service:
                 on_failure=slot.on_failure,
                 cadence=Cadence(slot.refresh, slot.interval_s, slot.max_age_s, slot.on_task_change),
                 timeout_s=slot.timeout_s,
+                done_subtasks=slot.done_subtasks,
                 observer=self._metrics,
             )
             self._open("action", combined.steps, combined.metadata)
             # A planner client sends the same cameras; it resizes them by the same list.
             shared = {key: value for key, value in action.metadata.items() if key == "image_specs"}
-            self._open("planner", planner_route(planner, self._live, self._metrics), {**planner.metadata, **shared})
+            self._open("planner", self._planner_route(planner), {**planner.metadata, **shared})
         elif action is not None:
             self._open("action", action_route(action), action.metadata)
         elif planner is not None:
-            self._open("planner", planner_route(planner, self._live, self._metrics), planner.metadata)
+            self._open("planner", self._planner_route(planner), planner.metadata)
+
+    def _planner_route(self, planner: PlannerPolicy) -> Route:
+        assert self.config.planner is not None
+        return planner_route(planner, self._live, self._metrics, done_subtasks=self.config.planner.done_subtasks)
 
     def _load_slot(self, slot: Slot, load: Callable[[ServiceConfig], T]) -> T:
         """On the slot's thread."""
@@ -399,17 +404,18 @@ class Service:
 
 def load_action(config: ServiceConfig) -> Policy:
     """The configured action policy. Imports torch."""
-    from action import ActionPolicy, set_num_threads
+    from action import ActionPolicy, get_config, set_num_threads
 
     assert config.action is not None
     slot = config.action
+    model_config = get_config(slot.model_config_name)  # before the checkpoint, which may have to be fetched
     if config.planner is not None and "OMP_NUM_THREADS" not in os.environ:
         # Torch's threads wait for each other spinning. With the planner on the same cores, one that has to wait for its core makes all of
         # them spin: an action call of 27 ms became 800 ms. (docs/benchmarks.md)
         set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     mode = pytorch_compile_mode()
     policy: Policy = ActionPolicy.load(
-        slot.model_config_name,
+        model_config,
         _local(slot.checkpoint_dir),
         tokenizer=slot.tokenizer,
         dtype=slot.dtype,

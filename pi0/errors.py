@@ -20,7 +20,8 @@ It lives here because ``pi0`` is the one package every other may import.
         ├── OverloadedError     the slot's queue is full
         ├── DeadlineError       its deadline passed before its turn came
         ├── SupersededError     a newer observation of the same session took its place
-        └── DrainingError       the server is shutting down
+        ├── DrainingError       the server is shutting down
+        └── DoneError           the planner says that nothing is left to do, and the client takes nothing but actions
 
 ``hosting`` adds three that only its admin API meets: StaleSettingsError, UnknownRevisionError and SettingsFileError, all TandemErrors.
 
@@ -94,3 +95,7 @@ class SupersededError(UnavailableError):
 
 class DrainingError(UnavailableError):
     """The server is shutting down and takes no new work."""
+
+
+class DoneError(UnavailableError):
+    """Nothing is left to do, so there are no actions, and the reply that says so has no place in what the client takes: a bare array, say."""

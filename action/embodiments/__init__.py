@@ -1,4 +1,4 @@
-"""The robots Tandem speaks to, by name. A new one is one module beside these and one row here; see docs/embodiments.md."""
+"""The robots of openpi, by name. One of your own is a module anywhere; see docs/your-own-robot.md."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from action.embodiments.aloha import Aloha
 from action.embodiments.base import Embodiment, ImageSpec, PolicyInputs
 from action.embodiments.droid import Droid
 from action.embodiments.libero import Libero
-from action.embodiments.table import Table
 
-EMBODIMENTS: dict[str, Embodiment] = {embodiment.name: embodiment for embodiment in (Aloha(), Droid(), Libero(), Table())}
+EMBODIMENTS: dict[str, Embodiment] = {embodiment.name: embodiment for embodiment in (Aloha(), Droid(), Libero())}
 """Name → embodiment."""
 
-__all__ = ["EMBODIMENTS", "Aloha", "Droid", "Embodiment", "ImageSpec", "Libero", "PolicyInputs", "Table"]
+__all__ = ["EMBODIMENTS", "Aloha", "Droid", "Embodiment", "ImageSpec", "Libero", "PolicyInputs"]

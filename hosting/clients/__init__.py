@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         CrossedReplyError,
         InferenceError,
         ReplyTimeoutError,
+        TaskDoneError,
     )
     from hosting.clients.policy import WebsocketClientPolicy
     from hosting.clients.retry import Reconnect
@@ -33,6 +34,7 @@ __all__ = [
     "InferenceError",
     "Reconnect",
     "ReplyTimeoutError",
+    "TaskDoneError",
     "WebsocketClientPolicy",
     "connect",
     "connect_async",

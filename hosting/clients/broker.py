@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hosting.clients.errors import TaskDoneError
+
 
 class ChunkPolicy(Protocol):
     """What the broker asks: a :class:`~hosting.clients.client.Client`, or a policy in this process."""
@@ -42,10 +44,14 @@ class ActionChunkBroker:
         """The reply of the present step; arrays ``[H, …]`` come as ``[…]``.
 
         Raises:
+            TaskDoneError: nothing is left to do, so the reply has no actions; the next call asks again.
             IndexError: an array of the reply has fewer steps than ``action_horizon``.
         """
         if self._chunk is None:
-            self._chunk, self._step = self._policy.infer(obs), 0
+            chunk = self._policy.infer(obs)
+            if "actions" not in chunk:
+                TaskDoneError.check(chunk)
+            self._chunk, self._step = chunk, 0
         result: dict[str, Any] = self._at_step(self._chunk, ())
         self._step += 1
         if self._step >= self._horizon:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hosting.clients.errors import ConnectError, ConnectionLostError, CrossedReplyError, InferenceError, ReplyTimeoutError
+from hosting.clients.errors import ConnectError, ConnectionLostError, CrossedReplyError, InferenceError, ReplyTimeoutError, TaskDoneError
 from hosting.clients.link import Buffer, Link
 from hosting.protocol import msgpack_numpy
 from hosting.protocol.messages import Message, MessageType
@@ -128,5 +128,5 @@ def _is_error(value: Mapping[str, Any]) -> bool:
 
 
 def _as_error(value: Mapping[str, Any]) -> InferenceError:
-    code = value.get("code")
-    return InferenceError(str(value.get("message", value.get("error", value))), code=None if code is None else str(code))
+    code, text = value.get("code"), str(value.get("message", value.get("error", value)))
+    return TaskDoneError(text) if code == "done" else InferenceError(text, code=None if code is None else str(code))

@@ -10,10 +10,15 @@
         ├── ReplyTimeoutError       no reply in time (also a TimeoutError)
         ├── CrossedReplyError       the reply belongs to another request; the connection is closed
         └── InferenceError          the server refused or failed this request; the connection is still good
+            └── TaskDoneError           nothing is left to do, says the planner, so there are no actions
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from hosting.done_subtasks import done_rows
 from pi0.errors import TandemError
 
 
@@ -51,3 +56,22 @@ class InferenceError(ClientError):
     def __init__(self, text: str, *, code: str | None = None) -> None:
         super().__init__(text)
         self.code = code
+
+
+class TaskDoneError(InferenceError):
+    """Nothing is left to do, says the planner (``planner.done_subtasks`` in the server's configuration), so there are no actions. Stop, or ask again
+    later: the planner may say something else of another picture or task.
+
+    :meth:`Client.infer <hosting.clients.client.Client.infer>` returns such a reply, a map without ``actions`` whose ``subtask`` has ``done`` true.
+    This is for those who are asked for nothing but actions.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, code="done")
+
+    @classmethod
+    def check(cls, reply: Mapping[str, Any]) -> None:
+        """Raise one where ``reply``, which lacks actions, says that they are not needed."""
+        for index, text in done_rows(reply).items():
+            row = f"batch[{index}]: " if isinstance(reply["subtask"], list) else ""
+            raise cls(f"{row}nothing is left to do, the planner says {text!r}, so there are no actions")

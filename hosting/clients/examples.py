@@ -1,4 +1,4 @@
-"""Random observations of the three embodiments that openpi's clients ship with (reference/wire.md §3.4)."""
+"""Random observations of the three embodiments that openpi's clients ship with (reference/wire.md §3.4), and of the demo's table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-Embodiment = Literal["aloha", "droid", "libero"]
+Embodiment = Literal["aloha", "droid", "libero", "table"]
 EMBODIMENTS: tuple[Embodiment, ...] = get_args(Embodiment)
 
 
@@ -22,7 +22,8 @@ def embodiment_of(metadata: Mapping[str, Any]) -> Embodiment | None:
     for embodiment, camera in (("aloha", "images/cam_high"), ("droid", "observation/exterior_image_1_left"), ("libero", "observation/image")):
         if camera in paths:
             return embodiment  # type: ignore[return-value]
-    return None
+    # The table's camera has the model's own name, as those of other robots may: it is told by having no other.
+    return "table" if paths == {"base_0_rgb"} else None
 
 
 def _image(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
@@ -51,4 +52,13 @@ def _libero(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-_EXAMPLES: dict[Embodiment, Callable[[np.random.Generator], dict[str, Any]]] = {"aloha": _aloha, "droid": _droid, "libero": _libero}
+def _table(rng: np.random.Generator) -> dict[str, Any]:
+    return {"base_0_rgb": _image(rng, (224, 224, 3)), "state": rng.uniform(-1, 1, 3)}
+
+
+_EXAMPLES: dict[Embodiment, Callable[[np.random.Generator], dict[str, Any]]] = {
+    "aloha": _aloha,
+    "droid": _droid,
+    "libero": _libero,
+    "table": _table,
+}

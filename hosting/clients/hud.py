@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosting.clients.client import Client, ClientOptions
-from hosting.clients.errors import ConnectionLostError, InferenceError
+from hosting.clients.errors import ConnectionLostError, InferenceError, TaskDoneError
 
 
 class PooledModel:
@@ -61,6 +61,7 @@ class PooledModel:
                 prompt is a text is therefore always one observation.
 
         Raises:
+            TaskDoneError: nothing is left to do for one of them, so it has no actions; ``BatchedModel`` tells all who asked together.
             InferenceError: the server refused or failed the request, or its reply does not have the actions.
             ClientError: as :meth:`Client.infer <hosting.clients.client.Client.infer>`.
             ValueError: N is 0.
@@ -102,6 +103,8 @@ class PooledModel:
         finally:
             self._clients.put(client)
         actions = reply.get(self.response_key)
+        if not isinstance(actions, np.ndarray):
+            TaskDoneError.check(reply)
         if actions is None:
             raise InferenceError(f"the reply has no {self.response_key!r} but {', '.join(map(repr, reply))}; give response_key=…")
         result = np.asarray(actions, np.float32)

@@ -118,7 +118,8 @@ def render(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"{report['url']}  mode {report['mode']}, {report['embodiment']} observations"]
     if "subtask" in report["reply"]:
-        lines.append(f"subtask: {report['reply']['subtask']['text']!r}")
+        subtask = report["reply"]["subtask"]
+        lines.append(f"subtask: {subtask['text']!r}{' (done: nothing left to do, so no actions)' if subtask.get('done') else ''}")
     if "actions" in report["reply"]:
         lines.append(f"actions: {report['reply']['actions']}")
     lines.append(f"{'ms':9}{'mean':>10}{'min':>10}{'max':>10}")

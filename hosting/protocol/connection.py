@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from hosting.policy import MessageError, Reply, UnauthorizedError
+from hosting.done_subtasks import done_rows
+from hosting.policy import DoneError, MessageError, Reply, UnauthorizedError
 from hosting.protocol import local_frame, msgpack_numpy
 from hosting.protocol.messages import Message, MessageType
 from hosting.protocol.msgpack_numpy import Dialect
@@ -98,17 +99,21 @@ class Connection:
             case _:
                 raise MessageError(f"message type 0x{message.type:02x} is none that a server takes; expected METADATA, INFER or RESET")
 
-    def reply(self, call: Call, result: Reply, *, infer_ms: float) -> Message:
+    def reply(self, call: Call, result: Reply, *, infer_ms: float, acting: bool = True) -> Message:
         """The message for what the policy gave; ``server_timing`` is set here and replaces any that it gave.
 
         Args:
             infer_ms: time the policy took, in ms; the wait for its turn included.
+            acting: whether the client asked for actions, as long as its mode does not say otherwise.
 
         Raises:
+            DoneError: nothing is left to do, and the client takes no reply that could say so.
             ValueError, TypeError, OverflowError: the result has something that the wire does not.
         """
-        self._answered = call
         actions = result.get("actions")
+        if acting and not isinstance(actions, np.ndarray):
+            self._check_done(call, result)
+        self._answered = call
         if call.asked == MessageType.INFER and self.profile.reply != "map" and actions is not None:
             return Message(MessageType.REPLY, self._pack(self._arrays(result)))
         timing = {"infer_ms": infer_ms}
@@ -157,6 +162,17 @@ class Connection:
         if not isinstance(key, str) or not hmac.compare_digest(key.encode(), self._api_key.encode()):
             raise UnauthorizedError(f"unauthorized: {'no API key came' if key is None else 'this is not the API key'}; give the server's api_key")
         self._api_key = None
+
+    def _check_done(self, call: Call, result: Reply) -> None:
+        """A reply without actions, or without those of some rows (a list), says so in ``subtask.done``. Where only arrays are taken it cannot, nor
+        can a local frame have arrays in a list."""
+        some = result.get("actions") is not None
+        if not isinstance(call.request, InferRequest) or not (some if call.asked == MessageType.INFER_FRAME else self.profile.reply != "map"):
+            return
+        for index, text in done_rows(result).items():
+            if some or call.request.rows[index].observation.get("mode") != "subtask_only":
+                row, remedy = (f"batch[{index}]: ", "leave this row out") if call.request.batched else ("", "stop")
+                raise DoneError(f"{row}nothing is left to do, the planner says {text!r}, so there are no actions; {remedy}")
 
     def _arrays(self, result: Reply) -> Any:
         if self.profile.reply == "array":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from action.configs import CONFIGS, PolicyConfig, get_config
+from action.configs import PolicyConfig, get_config
 from action.policy import ActionPolicy
 from action.processing import Processor
 from action.sampler import ModelInput
@@ -22,8 +22,6 @@ from tests.golden_data import CHECKPOINTS, GOLDEN, TOKENIZER
 POLICY_CASES = sorted(path.stem for path in (GOLDEN / "policy").glob("*.npz"))
 COMBINED_CASES = sorted(path.stem for path in (GOLDEN / "planner").glob("combined_*.npz"))
 MODEL_ACTION_DIM = 32
-OPENPI_CONFIGS = [name for name in CONFIGS if name != "pi05_table"]
-"""The configs whose norm stats the golden checkpoints have: all but the demo's own, which ``embodiments/test_table.py`` runs."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from action.configs import CONFIGS, get_config
+import action
+from action.configs import CONFIGS, PolicyConfig, get_config
 from action.embodiments import EMBODIMENTS
 from pi0.errors import ConfigError
 from tests.golden_data import GOLDEN
@@ -48,7 +50,7 @@ DEBUG = ["debug", "debug_restore", "debug_pi05"]
 
 
 def test_every_config_of_the_reference_is_there() -> None:
-    assert set(CONFIGS) == {*EXPECTED, "pi05_table"}  # the last is the demo's own
+    assert set(CONFIGS) == set(EXPECTED)
     assert len(EXPECTED) + len(FAST) + len(DEBUG) == 31
 
 
@@ -113,6 +115,97 @@ def test_name_like_no_other_lists_them_all() -> None:
         assert name in str(caught.value)
 
 
+ROBOT = """
+from action import PolicyConfig
+from action.embodiments import Droid
+
+PI05_UR5 = PolicyConfig(name="ur5", kind="pi05", embodiment=Droid(), asset_id="ur5e", action_horizon=8, max_token_len=99, discrete_state_input=True)
+PI05_UR10 = PI05_UR5
+text = "no config"
+"""
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory from which modules are imported during the test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("my_robot", "my_robots", "my_robots.ur5"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+class TestOneOfYourOwn:
+    def test_is_the_object_itself(self, modules: Path) -> None:
+        (modules / "my_robot.py").write_text(ROBOT)
+        config = get_config("my_robot:PI05_UR5")
+        assert isinstance(config, PolicyConfig) and config is sys.modules["my_robot"].PI05_UR5 and config.name == "ur5"
+
+    def test_may_lie_in_a_package(self, modules: Path) -> None:
+        (modules / "my_robots").mkdir()
+        (modules / "my_robots" / "ur5.py").write_text(ROBOT)
+        assert get_config("my_robots.ur5:PI05_UR10").action_horizon == 8
+
+    @pytest.mark.parametrize("name", ["a:", ":B", ":", "a:B:C", "my-robot:A", "my_robot.py:A", "robots/my_robot:A", "a:B.c", ".a:B"])
+    def test_malformed(self, name: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            get_config(name)
+        assert str(caught.value) == (
+            f"action.model_config_name: got {name!r}, expected module:NAME, such as my_robot:PI05_UR5 for PI05_UR5 = PolicyConfig(…) in my_robot.py"
+        )
+
+    @pytest.mark.parametrize(("name", "missing"), [("my_robots:A", "my_robots"), ("my_robots.a:A", "my_robots"), ("my_robot.a:A", "my_robot.a")])
+    def test_no_such_module(self, modules: Path, name: str, missing: str) -> None:
+        (modules / "my_robot.py").write_text(ROBOT)
+        with pytest.raises(ConfigError) as caught:
+            get_config(name)
+        assert str(caught.value) == (
+            f"action.model_config_name: there is no module {missing!r} for {name!r}; start the server in the directory that it lies in, install it, "
+            "or name its directory in PYTHONPATH"
+        )
+
+    @pytest.mark.parametrize(
+        ("code", "problem"),
+        [
+            ("import no_such_driver", "ModuleNotFoundError: No module named 'no_such_driver' ({file}, line 1)"),
+            ("\nfrom action import Nothing", "ImportError: cannot import name 'Nothing' from 'action' ({init}) ({file}, line 2)"),
+            ("1 / 0", "ZeroDivisionError: division by zero ({file}, line 1)"),
+            ("raise ValueError('two\\nlines')", "ValueError: two lines ({file}, line 1)"),
+            ("import sys; sys.exit('bye')", "SystemExit: bye ({file}, line 1)"),
+            ("def", "SyntaxError: invalid syntax (my_robot.py, line 1)"),
+        ],
+    )
+    def test_a_module_that_fails_is_not_taken_for_one_that_is_missing(self, modules: Path, code: str, problem: str) -> None:
+        (modules / "my_robot.py").write_text(code)
+        with pytest.raises(ConfigError) as caught:
+            get_config("my_robot:PI05_UR5")
+        expected = problem.format(file=modules / "my_robot.py", init=action.__file__)
+        assert str(caught.value) == f"action.model_config_name: the module 'my_robot' of 'my_robot:PI05_UR5' cannot be imported: {expected}"
+        assert caught.value.__cause__ is not None
+
+    @pytest.mark.parametrize(
+        ("attribute", "problem"),
+        [
+            ("PI05_UR6", "is not there; did you mean my_robot:PI05_UR5?"),
+            ("ROBOT", "is not there; it has PI05_UR5, PI05_UR10"),
+            ("text", "is of type str, expected a PolicyConfig; it has PI05_UR5, PI05_UR10"),
+            ("Droid", "is of type type, expected a PolicyConfig; it has PI05_UR5, PI05_UR10"),
+        ],
+    )
+    def test_no_such_config_in_it(self, modules: Path, attribute: str, problem: str) -> None:
+        (modules / "my_robot.py").write_text(ROBOT)
+        with pytest.raises(ConfigError) as caught:
+            get_config(f"my_robot:{attribute}")
+        assert str(caught.value) == f"action.model_config_name: {attribute} of 'my_robot' ({modules / 'my_robot.py'}) {problem}"
+
+    def test_a_module_without_any(self, modules: Path) -> None:
+        (modules / "my_robot.py").write_text("ROBOT = None")
+        with pytest.raises(ConfigError, match=r"is of type NoneType, .*; it has no PolicyConfig at all; write ROBOT = PolicyConfig\(…\) there$"):
+            get_config("my_robot:ROBOT")
+        with pytest.raises(ConfigError, match=r"^action.model_config_name: A of 'sys' \(a module without a file\) is not there; it has no "):
+            get_config("sys:A")
+
+
 def test_names_and_robots_can_be_looked_up_without_torch() -> None:
-    code = "import sys, action, action.configs, action.embodiments, action.processing; sys.exit('torch' in sys.modules or 'jax' in sys.modules)"
+    imports = "import sys, action, action.configs, action.embodiments, action.processing, demo.robot"
+    code = f"{imports}; sys.exit('torch' in sys.modules or 'jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

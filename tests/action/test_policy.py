@@ -18,7 +18,7 @@ from action.configs import CONFIGS
 from action.sampler import ModelInput
 from hosting.policy import Policy, PromptPreview, Warmable
 from pi0.errors import CheckpointError, ConfigError, ObservationError, PolicyError, PromptTooLongError
-from tests.action.policy_cases import COMBINED_CASES, OPENPI_CONFIGS, POLICY_CASES, echo_policy, golden_call, processor
+from tests.action.policy_cases import COMBINED_CASES, POLICY_CASES, echo_policy, golden_call, processor
 from tests.golden_data import CHECKPOINTS, TOKENIZER
 
 FORMATS = {"pi05": ("pi05_orbax", "pi05_pytorch", "pi05_lerobot"), "pi0": ("pi0_orbax", "pi0_pytorch")}
@@ -78,7 +78,7 @@ class TestSameActionsAsOpenpi:
         np.testing.assert_allclose(actions, call.arrays["actions"], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", OPENPI_CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_runs(name: str) -> None:
     config = CONFIGS[name]
     policy = load(name, f"{config.kind}_orbax", num_steps=1, default_prompt="go")
@@ -353,7 +353,7 @@ class TestMetadata:
         assert policy.metadata["action_horizon"] == 50
         assert policy.metadata["image_specs"][0] == {"path": ["images", "cam_high"], "target_shape": [3, 224, 224], "dtype": "uint8"}
 
-    @pytest.mark.parametrize("name", OPENPI_CONFIGS)
+    @pytest.mark.parametrize("name", CONFIGS)
     def test_is_plain_data(self, name: str) -> None:
         policy, _ = echo_policy(name)
         assert json.loads(json.dumps(policy.metadata)) == policy.metadata

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +13,7 @@ from action.processing import Processor
 from pi0.cameras import MODEL_CAMERAS
 from pi0.errors import CheckpointError, ObservationError, PromptTooLongError
 from pi0.norm_stats import Stats
-from tests.action.policy_cases import OPENPI_CONFIGS, POLICY_CASES, golden_call, processor, tokenizer
+from tests.action.policy_cases import POLICY_CASES, golden_call, processor, tokenizer
 from tests.golden_data import CHECKPOINTS
 
 IMAGE = np.zeros((3, 8, 8), np.uint8)
@@ -252,7 +248,7 @@ class TestBuckets:
     def test_fit_the_config(self, config: str, buckets: tuple[int, ...]) -> None:
         assert processor(config).buckets == buckets
 
-    @pytest.mark.parametrize("name", OPENPI_CONFIGS)
+    @pytest.mark.parametrize("name", CONFIGS)
     def test_every_length_has_the_shortest_that_holds_it(self, name: str) -> None:
         transforms = processor(name)
         for length in range(1, CONFIGS[name].max_token_len + 1):
@@ -272,14 +268,14 @@ class TestRobotActions:
         assert actions.dtype == np.float64
         assert actions.flags.c_contiguous
 
-    @given(st.integers(1, 50), st.sampled_from(sorted(OPENPI_CONFIGS)))
+    @given(st.integers(1, 50), st.sampled_from(sorted(CONFIGS)))
     def test_width(self, horizon: int, name: str) -> None:
         robot = CONFIGS[name].embodiment
         actions = _CACHED[name].robot_actions(np.zeros((horizon, 32), np.float32), np.zeros(robot.state_dim))
         assert actions.shape == (horizon, robot.action_dim)
 
 
-_CACHED = {name: processor(name) for name in OPENPI_CONFIGS}
+_CACHED = {name: processor(name) for name in CONFIGS}
 
 
 def stats(width: int | None) -> Stats | None:
@@ -317,31 +313,6 @@ class TestCheckpointFit:
         with pytest.raises(CheckpointError) as caught:
             self.make(stats(state), stats(actions), action_dim)
         assert str(caught.value) == message
-
-
-def test_docs_example_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The UR5 of docs/embodiments.md, run as printed."""
-    text = (Path(__file__).parents[2] / "docs" / "embodiments.md").read_text()
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
-    module = types.ModuleType("action.embodiments.ur5")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    # dont_inherit: the page must work without this file's own future imports.
-    for block in blocks:
-        exec(compile(block, "docs/embodiments.md", "exec", dont_inherit=True), module.__dict__)
-    config = module.PI0_UR5
-    entry = {"mean": [0.0] * 7, "std": [1.0] * 7}
-    stats = tmp_path / "assets" / "ur5e" / "norm_stats.json"
-    stats.parent.mkdir(parents=True)
-    stats.write_text(json.dumps({"norm_stats": {"state": entry, "actions": entry}}))
-    transforms = processor(config, tmp_path)
-    example = config.embodiment.example(np.random.default_rng(0))
-    prepared = transforms.prepare(example)
-    assert prepared.image_masks.tolist() == [True, True, False]
-    actions = transforms.robot_actions(np.zeros((50, 32), np.float32), prepared.state)
-    np.testing.assert_allclose(actions[0], [*example["joints"], 0.0])
-    with pytest.raises(ObservationError, match=r"^joints: missing, expected \[6\] numbers"):
-        transforms.prepare(without(example, "joints"))
 
 
 def test_prepare_does_not_write_into_the_observation() -> None:

@@ -12,10 +12,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_match import check_environments_match
 
-from action.embodiments import Table
 from demo.expert import plan
 from demo.instructions import ALL_DONE, FAMILIES, SUBTASKS, InstructionError, parse
 from demo.render import render
+from demo.robot import Table
 from demo.table import ENV_ID, MAX_CALLS, MAX_STEPS, TableEnv
 from demo.world import BINS, COLOURS, HELD
 from pi0.cameras import camera_images, map_cameras

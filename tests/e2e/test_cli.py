@@ -284,12 +284,12 @@ class TestTestWs:
             url = running.addresses["action"]
             done = run("test", "ws", url)
         assert (done.returncode, done.stdout) == (1, "")
-        message = f"the server at {url} names no known cameras; say which observation to send with --embodiment aloha|droid|libero"
+        message = f"the server at {url} names no known cameras; say which observation to send with --embodiment aloha|droid|libero|table"
         assert done.stderr == f"error: {message}\n"
 
     def test_an_embodiment_that_is_none(self) -> None:
         result = invoke("test", "ws", "ws://127.0.0.1:1", "--embodiment", "spot")
-        assert result.exit_code == 2 and "'spot' is not one of 'aloha', 'droid', 'libero'" in result.output
+        assert result.exit_code == 2 and "'spot' is not one of 'aloha', 'droid', 'libero', 'table'" in result.output
 
     def test_what_the_server_refuses(self, service: RunningService) -> None:
         done = run("test", "ws", service.addresses["planner"], "--mode", "action_only")

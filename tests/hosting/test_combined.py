@@ -247,6 +247,43 @@ def test_an_answer_that_is_none_is_a_failure_of_the_planner(answer: Reply) -> No
         CombinedPolicy(Malformed(), action, on_failure="fail").infer(OBS)
 
 
+@pytest.mark.parametrize("mode", ["default", "subtask_only"])
+def test_a_done_subtask_is_flagged_and_never_reaches_the_action_policy(mode: str) -> None:
+    action, seen = Action(), Seen()
+    combined = CombinedPolicy(Planner("All done."), action, done_subtasks=["all done"], observer=seen, clock=still)
+    assert combined.infer({**OBS, "mode": mode}, seed=1) == {"subtask": {"text": "All done.", "ms": 3.0, "done": True, "age_ms": 0.0, **ALONE}}
+    assert action.asked == [] and seen.done == 1
+
+
+def test_any_other_subtask_is_flagged_as_not_done() -> None:
+    action, seen = Action(), Seen()
+    combined = CombinedPolicy(Planner(), action, done_subtasks=["all done"], observer=seen)
+    assert combined.infer(OBS)["subtask"]["done"] is False and combined.infer({**OBS, "mode": "subtask_only"})["subtask"]["done"] is False
+    assert len(action.asked) == 1 and seen.done == 0
+
+
+def test_without_done_subtasks_all_done_is_a_subtask_like_any_other() -> None:
+    action = Action()
+    reply = CombinedPolicy(Planner("all done"), action).infer(OBS)
+    assert "done" not in reply["subtask"] and "actions" in reply and action.prompt == "tidy. Subtask: all done"
+
+
+@pytest.mark.parametrize("planner", [Planner(error=ZeroDivisionError()), Planner("")])
+def test_no_plan_is_never_done(planner: Planner) -> None:
+    action = Action()
+    reply = CombinedPolicy(planner, action, done_subtasks=["all done"]).infer(OBS)
+    assert reply["subtask"]["done"] is False and "actions" in reply and action.prompt == "tidy"
+
+
+def test_action_only_asks_no_planner_whether_it_is_done() -> None:
+    assert "subtask" not in CombinedPolicy(Planner("all done"), Action(), done_subtasks=["all done"]).infer({**OBS, "mode": "action_only"})
+
+
+def test_a_wrong_done_subtask_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^\[0\] is blank"):
+        CombinedPolicy(Planner(), Action(), done_subtasks=[""])
+
+
 def test_the_planner_may_take_its_time_only() -> None:
     call = next(CombinedPolicy(Planner(), Action(), timeout_s=2.5).steps(OBS))
     assert isinstance(call, SlotCall) and call.slot == "planner" and call.timeout_s == 2.5
@@ -259,6 +296,10 @@ class Seen(Observer):
         self.refreshes: list[str] = []
         self.used: list[tuple[float, bool]] = []
         self.steps: list[int] = []
+        self.done = 0
+
+    def subtask_done(self) -> None:
+        self.done += 1
 
     def refreshed(self, outcome: str) -> None:
         self.refreshes.append(outcome)
@@ -411,6 +452,40 @@ def test_the_old_task_is_kept_whole_until_the_new_ones_subtask_is_there() -> Non
     robot.end()
     after = robot.infer("fold")
     assert after["text"] == "step 2" and "task" not in after and robot.told == "fold: step 2"
+
+
+def test_a_robot_that_goes_on_asking_when_all_is_done_resumes_when_the_planner_says_something_else() -> None:
+    robot = Robot(done_subtasks=["step 2"])
+    assert robot.infer()["done"] is False
+    robot.now_s += 1.0
+    robot.infer()
+    robot.end()  # step 2: done
+    acted = len(robot.action.asked)
+    first, second = robot.infer(), robot.infer()
+    assert (first["text"], first["done"], first["waited"], second["done"]) == ("step 2", True, False, True)
+    assert len(robot.action.asked) == acted and robot.beside == [], "the interval is not over"
+    robot.now_s += 1.0
+    assert robot.infer()["done"] is True and len(robot.beside) == 1
+    robot.end()
+    after = robot.infer()
+    assert (after["text"], after["done"]) == ("step 3", False) and robot.told == "tidy: step 3" and robot.seen.done == 3
+
+
+def test_a_done_plan_stays_done_while_refreshes_fail() -> None:
+    robot = Robot(done_subtasks=["step 1"])
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    robot.end(ZeroDivisionError())
+    after = robot.infer()
+    assert after["done"] is True and "error" in after and robot.action.asked == []
+
+
+def test_a_new_task_is_not_done_because_the_old_one_is() -> None:
+    robot = Robot(Cadence("async", on_task_change="keep"), done_subtasks=["step 1"])
+    assert robot.infer()["done"] is True
+    after = robot.infer("fold")
+    assert (after["text"], after["done"], after["waited"]) == ("step 2", False, True) and "task" not in after and robot.told == "fold: step 2"
 
 
 def test_the_old_task_is_kept_where_it_had_no_subtask_to_add() -> None:

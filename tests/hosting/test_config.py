@@ -88,6 +88,7 @@ class TestValues:
                 "max_age_s": 10.0,
                 "on_task_change": "wait",
                 "timeout_s": None,
+                "done_subtasks": (),
                 "scheduler": {**SCHEDULER, "max_batch": 2},
             },
             "action_transport": {"websocket_port": 8000, "quic_port": 5555, "unix_socket_path": "/tmp/openpi-action.sock"},
@@ -235,6 +236,25 @@ class TestMalformedFile:
                 "action.model_config_name: missing; set it in the configuration file or as OPENPI_ACTION__MODEL_CONFIG_NAME",
             ),
             ({"planner": {}}, "planner.checkpoint_dir: missing; set it in the configuration file or as OPENPI_PLANNER__CHECKPOINT_DIR"),
+            (
+                {"planner": {**PLANNER, "done_subtasks": "all done"}},
+                'planner.done_subtasks: expected a list of strings (["…", "…"]), got "all done" (file robot.json)',
+            ),
+            ({"planner": {**PLANNER, "done_subtasks": ["a", 3]}}, "planner.done_subtasks[1]: expected a string, got 3 (file robot.json)"),
+            (
+                {"planner": {**PLANNER, "done_subtasks": ["a", " ."]}},
+                "planner.done_subtasks: [1] is blank (' .'); write what the planner says when nothing is left to do, or leave it out "
+                "(file robot.json)",
+            ),
+            (
+                {"planner": {**PLANNER, "done_subtasks": ["All done.", "all done"]}},
+                "planner.done_subtasks: 'All done.' and 'all done' are the same, as case, outer spaces and a final full stop do not count; "
+                "keep one of them (file robot.json)",
+            ),
+            (
+                {"planner": {**PLANNER, "done_subtasks": ["a\0b"]}},
+                'planner.done_subtasks: "a\\u0000b" has a NUL character; remove it (file robot.json)',
+            ),
             ({"action": ACTION, "planer": PLANNER}, 'planer: unknown field (file robot.json); did you mean "planner"?'),
             (
                 {"action": ACTION, "port": 8000},
@@ -437,6 +457,12 @@ class TestEnvironment:
         assert loaded.origins["planner.checkpoint_dir"] == "environment OPENPI_PLANNER"
         assert loaded.origins["planner.dtype"] == "environment OPENPI_PLANNER__DTYPE"
 
+    def test_a_list_is_json(self, write: Write) -> None:
+        environ = {"OPENPI_PLANNER__DONE_SUBTASKS": '["all done", "nothing left"]'}
+        loaded = load_config(write({"planner": {**PLANNER, "done_subtasks": ["c"]}}), environ=environ)
+        assert loaded.config.planner == PlannerConfig(**PLANNER, done_subtasks=("all done", "nothing left"))
+        assert ("planner.done_subtasks", ("all done", "nothing left"), "environment OPENPI_PLANNER__DONE_SUBTASKS") in describe(loaded)
+
     def test_null_unsets(self, write: Write) -> None:
         file = write({"action": {**ACTION, "default_prompt": "a"}, "planner": PLANNER})
         loaded = load_config(file, environ={"OPENPI_PLANNER": "null", "OPENPI_ACTION__DEFAULT_PROMPT": "null"})
@@ -471,6 +497,10 @@ class TestEnvironment:
             ({"OPENPI_ADMIN__PORT": ""}, 'admin.port: expected an integer 0…65535 or null, got "" (environment OPENPI_ADMIN__PORT)'),
             ({"OPENPI_DRAIN_S": "null"}, "drain_s: expected a number of at least 0, got null (environment OPENPI_DRAIN_S)"),
             ({"OPENPI_HOST": ""}, "host: is blank; give a value or leave the field out (environment OPENPI_HOST)"),
+            (
+                {"OPENPI_PLANNER__CHECKPOINT_DIR": "/a", "OPENPI_PLANNER__DONE_SUBTASKS": "all done"},
+                'planner.done_subtasks: expected a list of strings (["…", "…"]), got "all done" (environment OPENPI_PLANNER__DONE_SUBTASKS)',
+            ),
             ({"OPENPI_HOST": "a", "openpi_host": "b"}, "openpi_host: is set twice, also as OPENPI_HOST; unset one of them"),
         ],
     )

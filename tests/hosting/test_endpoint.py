@@ -163,6 +163,22 @@ async def test_a_batch_of_different_modes_cannot_be_stacked(worker: SlotWorker) 
         await serve(endpoint, {"batch": [{"act": True}, {"act": False}]})
 
 
+async def test_rows_of_a_batch_for_which_nothing_is_left_to_do_have_no_actions_and_move_no_others(worker: SlotWorker) -> None:
+    def route(obs: Any, /, *, seed: int | None = None, origin: Any = None) -> Steps:
+        subtask = {"text": obs["say"], "done": obs["say"] == "all done"}
+        actions = {"actions": np.full((2, 3), obs["n"]), "policy_timing": {"infer_ms": 1.0}}
+        return (yield SlotCall("action", lambda: {**({} if subtask["done"] else actions), "subtask": subtask}))
+
+    endpoint = Endpoint("action", {"action": worker})
+    endpoint.open(route, {})
+    done, going = {"say": "all done", "n": 0}, {"say": "go", "n": 1}
+    reply = await serve(endpoint, {"batch": [done, going, {"say": "go", "n": 2}, done]})
+    assert [actions if actions is None else actions[0, 0] for actions in reply["actions"]] == [None, 1, 2, None]
+    assert [subtask["done"] for subtask in reply["subtask"]] == [True, False, False, True] and reply["policy_timing"] == {"infer_ms": 1.0}
+    assert (await serve(endpoint, {"batch": [going, going]}))["actions"].shape == (2, 2, 3)
+    assert await serve(endpoint, {"batch": [done]}) == {"subtask": [{"text": "all done", "done": True}]}
+
+
 async def test_what_is_late_is_not_begun(worker: SlotWorker) -> None:
     called: list[Any] = []
     endpoint = Endpoint("action", {"action": worker})

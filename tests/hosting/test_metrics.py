@@ -74,6 +74,7 @@ def test_what_the_planner_did() -> None:
     source.subtask_used(0.4, waited=False)
     source.subtask_used(0.3, waited=False)
     source.subtask_used(0.01, waited=True)
+    source.subtask_done()
     source.refreshed("ok")
     source.refreshed("stale")
     source.shared()
@@ -82,6 +83,7 @@ def test_what_the_planner_did() -> None:
     assert value(source, "tandem_subtask_age_seconds_count") == 3
     assert value(source, "tandem_subtask_age_seconds_sum") == pytest.approx(0.71)
     assert value(source, "tandem_subtask_waits_total") == 1
+    assert value(source, "tandem_subtask_done_total") == 1
     assert [value(source, "tandem_planner_refreshes_total", outcome=outcome) for outcome in ("ok", "stale", "superseded", "failed")] == [1, 1, 0, 0]
     assert value(source, "tandem_planner_shared_total") == 1
     assert value(source, "tandem_planner_decode_steps_total") == 12

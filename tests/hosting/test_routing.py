@@ -280,3 +280,17 @@ def test_a_seed_for_a_policy_that_takes_none_is_refused() -> None:
     with pytest.raises(ObservationError, match=r"^seed: the policy that is loaded takes none; leave it out$"):
         run(action_route(EchoPolicy())({"prompt": "x"}, seed=1))
     assert run(action_route(BatchedPolicy())({"prompt": "x"}, seed=1))["seed"] == 1
+
+
+def test_the_planner_endpoint_flags_what_is_done() -> None:
+    class Done(Observer):
+        count = 0
+
+        def subtask_done(self) -> None:
+            self.count += 1
+
+    live, observer = LiveSettings(PromptSettings()), Done()
+    route = planner_route(EchoPlanner(), live, observer, done_subtasks=["First step of x."])
+    assert run(route({"prompt": "x"}))["subtask"]["done"] is True
+    assert run(route({"prompt": "y"}))["subtask"]["done"] is False and observer.count == 1
+    assert "done" not in run(planner_route(EchoPlanner(), live)({"prompt": "x"}))["subtask"]

@@ -14,9 +14,18 @@ import pytest
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import connect
 
+from hosting.clients.broker import ActionChunkBroker
 from hosting.clients.client import Client
-from hosting.clients.errors import ClientError, ConnectionLostError, InferenceError
-from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, SchedulerConfig, WatchdogConfig
+from hosting.clients.errors import ClientError, ConnectionLostError, InferenceError, TaskDoneError
+from hosting.config import (
+    ActionConfig,
+    ActionTransportConfig,
+    AdminConfig,
+    PlannerConfig,
+    PlannerTransportConfig,
+    SchedulerConfig,
+    WatchdogConfig,
+)
 from hosting.policy import CheckpointError, ConfigError
 from hosting.protocol import msgpack_numpy
 from hosting.service import Loaders, Service
@@ -195,6 +204,48 @@ def test_a_planner_that_fails(caplog):
         with pytest.raises(InferenceError, match="internal error"):
             client.infer({"prompt": "tidy", "mode": "subtask_only"})
         assert "actions" in client.infer({"prompt": "tidy", "mode": "action_only"})
+
+
+def test_nothing_left_to_do_over_every_transport(tmp_path: Path) -> None:
+    acted: list[Any] = []
+
+    def transport(kind: type, name: str) -> Any:
+        return kind(websocket_port=0, quic_port=0, unix_socket_path=str(tmp_path / name))
+
+    config = service_config(
+        planner=PlannerConfig(checkpoint_dir="unused", done_subtasks=["First step of rest."]),
+        action_transport=transport(ActionTransportConfig, "a.sock"),
+        planner_transport=transport(PlannerTransportConfig, "p.sock"),
+        quic_certificate_dir=str(tmp_path),
+    )
+    done, going = {"prompt": "rest"}, {"prompt": "tidy"}
+    with start(config, stubs(EchoPolicy(lambda obs: acted.append(obs["prompt"])))) as service:
+        for transport_name in ("", " quic", " unix"):
+            with Client(service.addresses[f"action{transport_name}"], verify=not transport_name) as client:
+                reply = client.infer(done)
+                assert set(reply) == {"subtask", "server_timing"} and reply["subtask"]["text"] == "first step of rest"
+                assert reply["subtask"]["done"] is True and client.infer({**done, "mode": "subtask_only"})["subtask"]["done"] is True
+                reply = client.infer(going)
+                assert reply["subtask"]["done"] is False and reply["actions"].shape == (10, 14)
+                reply = client.infer_batch([going, done])
+                assert reply["actions"][0].shape == (10, 14) and reply["actions"][1] is None
+                with pytest.raises(TaskDoneError, match="nothing is left to do"):
+                    ActionChunkBroker(client, 10).infer(done)
+                assert "subtask" not in client.infer({**done, "mode": "action_only"})
+            with Client(service.addresses[f"planner{transport_name}"], verify=not transport_name) as client:
+                assert [client.infer(obs)["subtask"]["done"] for obs in (done, going)] == [True, False]
+        with Client(service.addresses["action"] + "/openpi/policy") as client:
+            assert client.infer(going)["actions"].dtype == np.float32
+            with pytest.raises(TaskDoneError, match="nothing is left to do"):
+                client.infer(done)
+        with connect(service.addresses["action"] + "/?reply=array") as stock:
+            stock.recv()
+            stock.send(msgpack_numpy.pack(done))
+            assert stock.recv() == "nothing is left to do, the planner says 'first step of rest', so there are no actions; stop"
+        metrics = httpx.get(service.http("admin") + "/metrics").text
+    assert not any("first step of rest" in prompt for prompt in acted) and acted.count("rest") == 3
+    assert "tandem_subtask_done_total 17.0" in metrics.splitlines()
+    assert 'tandem_requests_total{mode="default",outcome="done",slot="action"} 2.0' in metrics.splitlines()
 
 
 @pytest.mark.parametrize(

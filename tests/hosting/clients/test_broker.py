@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hosting.clients.broker import ActionChunkBroker
+from hosting.clients.errors import TaskDoneError
 
 
 class Counting:
@@ -48,6 +49,22 @@ def test_reset_drops_the_chunk_and_resets_the_policy() -> None:
     broker.reset()
     assert policy.resets == 1
     assert broker.infer({"n": 1})["actions"].tolist() == [20, 21]
+
+
+def test_nothing_left_to_do() -> None:
+    class Planning(Counting):
+        def infer(self, obs: Mapping[str, Any], /) -> dict[str, Any]:
+            done = obs["n"] in (2, 3)
+            return {"subtask": {"text": "All done.", "done": True}} if done else {**super().infer(obs), "subtask": {"text": "go", "done": False}}
+
+    policy = Planning()
+    broker = ActionChunkBroker(policy, 2)
+    broker.infer({"n": 0}), broker.infer({"n": 1})
+    for n in (2, 3):
+        with pytest.raises(TaskDoneError, match=r"^nothing is left to do, the planner says 'All done.', so there are no actions$") as error:
+            broker.infer({"n": n})
+        assert error.value.code == "done"
+    assert broker.infer({"n": 4})["actions"].tolist() == [20, 21], "it asks again each time"
 
 
 def test_a_chunk_that_is_too_short() -> None:

@@ -1,4 +1,4 @@
-"""The example observations are those of openpi's clients, and our embodiments take them."""
+"""The example observations are those of openpi's clients and of the demo, and the embodiments take them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from action.embodiments import Aloha, Droid, Libero
+from demo.robot import Table
 from hosting.clients.examples import EMBODIMENTS, Embodiment, embodiment_of, example_observation
 from hosting.protocol import msgpack_numpy
 from pi0.cameras import camera_images, map_cameras
 
-ROBOTS = {"aloha": Aloha(), "droid": Droid(), "libero": Libero()}
+ROBOTS = {"aloha": Aloha(), "droid": Droid(), "libero": Libero(), "table": Table()}
+
+TWO_CAMERAS = {"image_specs": [{"path": ["base_0_rgb"]}, {"path": ["left_wrist_0_rgb"]}]}
+"""Not the table's, although its own is among them."""
 
 
 @pytest.mark.parametrize("embodiment", EMBODIMENTS)
@@ -30,7 +34,7 @@ def test_it_is_told_from_the_servers_metadata(embodiment: Embodiment) -> None:
     assert embodiment_of(msgpack_numpy.unpack(msgpack_numpy.pack(metadata))) == embodiment
 
 
-@pytest.mark.parametrize("metadata", [{}, {"image_specs": []}, {"image_specs": [{"path": ["images", "head_camera"]}]}])
+@pytest.mark.parametrize("metadata", [{}, {"image_specs": []}, {"image_specs": [{"path": ["images", "head_camera"]}]}, TWO_CAMERAS])
 def test_an_unknown_one_is_not_guessed(metadata: dict[str, Any]) -> None:
     assert embodiment_of(metadata) is None
 

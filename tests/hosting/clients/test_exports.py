@@ -22,6 +22,7 @@ EXPORTS = [
     "InferenceError",
     "Reconnect",
     "ReplyTimeoutError",
+    "TaskDoneError",
     "WebsocketClientPolicy",
     "connect",
     "connect_async",

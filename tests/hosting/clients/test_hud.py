@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hosting.clients.errors import ConnectError, ConnectionLostError, InferenceError
+from hosting.clients.errors import ConnectError, ConnectionLostError, InferenceError, TaskDoneError
 from hosting.clients.hud import PooledModel
 from hosting.protocol import msgpack_numpy
 from hosting.protocol.messages import Message
@@ -168,6 +168,24 @@ def test_replies_without_the_actions(monkeypatch: pytest.MonkeyPatch, answer: An
     with PooledModel("ws://robot") as model, pytest.raises(InferenceError) as error:
         model.infer(batch)
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("answer", "batch", "where"),
+    [
+        ({"subtask": {"text": "all done", "done": True}}, {"prompt": "x"}, ""),
+        (
+            {"actions": [np.zeros((2, 3)), None], "subtask": [{"text": "go", "done": False}, {"text": "all done", "done": True}]},
+            [{"n": 1}, {"n": 2}],
+            "batch[1]: ",
+        ),
+    ],
+)
+def test_nothing_left_to_do(monkeypatch: pytest.MonkeyPatch, answer: Any, batch: Any, where: str) -> None:
+    monkeypatch.setattr("hosting.clients.client.dial", lambda url, *_: (url, StubLink(reply(answer), metadata={})))
+    with PooledModel("ws://robot") as model, pytest.raises(TaskDoneError) as error:
+        model.infer(batch)
+    assert str(error.value) == f"{where}nothing is left to do, the planner says 'all done', so there are no actions"
 
 
 def test_another_response_key(monkeypatch: pytest.MonkeyPatch) -> None:

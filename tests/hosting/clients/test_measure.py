@@ -79,12 +79,18 @@ def test_for_people(service: RunningService) -> None:
     assert lines[8] == f"{'policy':9}{1.0:10.2f}{1.0:10.2f}{1.0:10.2f}"
 
 
+def test_a_reply_without_actions_because_nothing_is_left_to_do_says_so() -> None:
+    report = {"url": "ws://h", "mode": "default", "embodiment": "table", "reply": {"subtask": {"text": "all done", "done": True}}, "ms": {}}
+    assert render(report).splitlines()[1] == "subtask: 'all done' (done: nothing left to do, so no actions)"
+
+
 def test_a_server_whose_cameras_are_unknown() -> None:
     with start(service_config("action"), stubs()) as running:
         url = running.addresses["action"]
         with pytest.raises(TestError) as error:
             run(url)
-        assert str(error.value) == f"the server at {url} names no known cameras; say which observation to send with --embodiment aloha|droid|libero"
+        known = "aloha|droid|libero|table"
+        assert str(error.value) == f"the server at {url} names no known cameras; say which observation to send with --embodiment {known}"
         assert run(url, embodiment="droid")["embodiment"] == "droid"
 
 

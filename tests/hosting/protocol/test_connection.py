@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgpack
 import numpy as np
 import pytest
 
-from hosting.policy import MessageError, UnauthorizedError
+from hosting.policy import DoneError, MessageError, UnauthorizedError
 from hosting.protocol import local_frame, msgpack_numpy
 from hosting.protocol.connection import Call, Connection
 from hosting.protocol.messages import Message, MessageType
@@ -134,6 +134,43 @@ class TestProfiles:
     def test_another_name_for_the_actions(self) -> None:
         reply = unpacked(answered(Connection(choose_profile("/", "response_key=action")), infer({})))
         assert reply.keys() == {"action", "policy_timing", "subtask", "server_timing"}
+
+
+class TestNothingLeftToDo:
+    DONE: ClassVar[dict[str, Any]] = {"subtask": {"text": "all done", "done": True}}
+    MIXED: ClassVar[dict[str, Any]] = {
+        "actions": [np.zeros((2, 3)), None],
+        "subtask": [{"text": "go", "done": False}, {"text": "all done", "done": True}],
+    }
+    BATCH: ClassVar[dict[str, Any]] = {"batch": [{"request_id": 1}, {"request_id": 2}]}
+
+    @pytest.mark.parametrize("query", ["", "errors=map", "profile=roboarena", "response_key=action"])
+    def test_a_map_says_so(self, query: str) -> None:
+        assert unpacked(answered(Connection(choose_profile("/", query)), infer({}), self.DONE))["subtask"]["done"] is True
+
+    @pytest.mark.parametrize("query", ["profile=vllm", "reply=array", "reply=arrays"])
+    def test_who_takes_nothing_but_arrays_is_told_as_of_a_failure(self, query: str) -> None:
+        with pytest.raises(DoneError, match=r"^nothing is left to do, the planner says 'all done', so there are no actions; stop$"):
+            answered(Connection(choose_profile("/", query)), infer({}), self.DONE)
+
+    def test_who_asks_for_subtasks_has_a_map_anyway(self) -> None:
+        connection = Connection(choose_profile("/", "reply=array"))
+        assert unpacked(answered(connection, infer({"mode": "subtask_only"}), self.DONE))["subtask"]["done"] is True
+        planner = connection.reply(connection.receive(infer({}), 0.0), self.DONE, infer_ms=5.0, acting=False)
+        assert unpacked(planner)["subtask"]["done"] is True
+
+    def test_of_a_batch_the_others_have_their_actions(self) -> None:
+        reply = unpacked(answered(Connection(), infer(self.BATCH), self.MIXED))
+        assert reply["actions"][0].shape == (2, 3) and reply["actions"][1] is None and reply["request_id"] == [1, 2]
+
+    @pytest.mark.parametrize(("message", "query"), [(infer(BATCH), "reply=array"), (frame(BATCH), "")])
+    def test_of_a_batch_the_row_is_named_where_there_is_no_room_for_a_gap(self, message: Message, query: str) -> None:
+        problem = r"^batch\[1\]: nothing is left to do, the planner says 'all done', so there are no actions; leave this row out$"
+        with pytest.raises(DoneError, match=problem):
+            answered(Connection(choose_profile("/", query)), message, self.MIXED)
+
+    def test_a_local_frame_says_so_too(self) -> None:
+        assert local_frame.decode(answered(Connection(), frame({}), self.DONE).body).value["subtask"]["done"] is True
 
 
 class TestResets:

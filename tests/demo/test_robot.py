@@ -1,21 +1,16 @@
-"""The demo's robot as the policy sees it. What holds for every embodiment is in ``tests/action/test_embodiments.py``."""
+"""The demo's robot as the policy sees it, and its way to the server. What holds for every embodiment is in ``tests/action/test_embodiments.py``."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from action.configs import get_config
-from action.embodiments import EMBODIMENTS, Table
-from action.policy import ActionPolicy
+from demo.robot import PI05_TABLE, Table
 from pi0.cameras import camera_images, map_cameras
 from pi0.errors import ObservationError
-from tests.golden_data import CHECKPOINTS, TOKENIZER
 
 
 @pytest.fixture
@@ -63,19 +58,7 @@ def test_missing_keys_are_named(observation: dict[str, Any], key: str) -> None:
 
 
 def test_config() -> None:
-    config = get_config("pi05_table")
-    assert config.embodiment == Table() == EMBODIMENTS["table"]
+    config = get_config("demo.robot:PI05_TABLE")
+    assert config is PI05_TABLE and config.embodiment == Table()
     assert (config.kind, config.asset_id, config.action_horizon, config.discrete_state_input) == ("pi05", "table", 12, True)
     assert config.use_quantiles and config.delta_mask is None and config.default_prompt is None
-
-
-def test_runs_by_name_with_norm_stats_of_its_own(tmp_path: Path, observation: dict[str, Any]) -> None:
-    shutil.copytree(CHECKPOINTS / "pi05_pytorch", tmp_path / "checkpoint")
-    identity = {"mean": [0.0] * 3, "std": [1.0] * 3, "q01": [-1.0] * 3, "q99": [1.0] * 3}
-    norm_stats = tmp_path / "checkpoint" / "assets" / "table" / "norm_stats.json"
-    norm_stats.parent.mkdir(parents=True)
-    norm_stats.write_text(json.dumps({"norm_stats": {"state": identity, "actions": identity}}))
-    policy = ActionPolicy.load("pi05_table", tmp_path / "checkpoint", tokenizer=TOKENIZER, num_steps=1)
-    actions = policy.infer(observation | {"prompt": "pick up the red block"}, seed=0)["actions"]
-    assert actions.shape == (12, 3) and np.isfinite(actions).all()
-    assert policy.metadata["image_specs"] == [{"path": ["base_0_rgb"], "target_shape": [224, 224, 3], "dtype": "uint8"}]
