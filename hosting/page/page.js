@@ -273,8 +273,8 @@ function renderLatency(latency) {
     ["request", "Whole request", latency.request],
     ["planner", "Planner", latency.planner],
     ["action", "Action policy", latency.action],
-    ["planner_wait", "Wait for the planner", latency.planner_wait],
-    ["action_wait", "Wait for the policy", latency.action_wait],
+    ["planner_wait", "Planner’s queue", latency.planner_wait],
+    ["action_wait", "Policy’s queue", latency.action_wait],
   ].filter(([, , row]) => row);
   const body = $("latency");
   if (body.children.length !== rows.length) {
@@ -378,7 +378,6 @@ function timelineEntry(subtask, before, current, lasted) {
   if (subtask.done) words.append(make("span", { cls: "chip good", text: "done" }));
   if (subtask.failed) words.append(make("span", { cls: "chip bad", text: "planner failed" }));
   if (subtask.instructed) words.append(make("span", { cls: "chip", text: "operator" }));
-  if (subtask.waited) words.append(make("span", { cls: "chip warn", text: "waited" }));
   const item = make(
     "li",
     { cls: current ? "entry current" : "entry", "data-id": subtask.id },
@@ -392,6 +391,8 @@ function timelineEntry(subtask, before, current, lasted) {
   if (subtask.template_revision != null && before && before.template_revision !== subtask.template_revision) more.push(`prompts of revision ${subtask.template_revision}`);
   more.push(`${subtask.requests} request${subtask.requests === 1 ? "" : "s"}`);
   if (subtask.ms != null) more.push(`planned in ${ms(subtask.ms)}`);
+  if (subtask.age_ms != null) more.push(`${ms(subtask.age_ms)} old when last used`);
+  if (subtask.waited) more.push("waited for");
   item.append(make("span", { cls: "more", text: more.join(" · ") }));
   if (subtask.error) item.append(make("span", { cls: "more why", text: subtask.error }));
   return item;

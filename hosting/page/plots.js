@@ -52,7 +52,7 @@ export function drawDimensions(container, { chunks, states, step, shown }) {
   const dims = newest[0]?.length ?? 0;
   const count = Math.min(dims, shown);
   const ahead = newest.length * step;
-  const back = Math.min(30, Math.max(3 * ahead, 2));
+  const back = Math.min(30, Math.max(6 * ahead, 5));
   const start = from - back;
   const end = from + ahead;
   container.classList.toggle("few", count <= 4);

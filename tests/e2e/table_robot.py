@@ -16,6 +16,7 @@ import numpy as np
 
 from demo.expert import HORIZON, plan
 from demo.instructions import ALL_DONE, DONE, SUBTASKS, InstructionError, goal_table, next_subtask, parse
+from demo.render import render
 from demo.world import Scenes
 from hosting.clients.client import Client
 from hosting.config import AdminConfig
@@ -23,21 +24,17 @@ from hosting.policy import ObservationError
 from tests.serving import RunningService, service_config, start, stubs
 
 CONTROL_S = 0.05
-EPISODE_CALLS = 40
 
 
 class Tables:
-    """The tables of all robots; an observation is told apart by where its gripper is."""
+    """The tables of all robots; whose an observation is, its picture tells."""
 
     def __init__(self) -> None:
         self.environments: list[Any] = []
 
     def of(self, obs: Mapping[str, Any]) -> Scenes:
-        def way(environment: Any) -> float:
-            return float(np.abs(environment.unwrapped.scenes.state[0] - np.asarray(obs["state"])).sum())
-
-        scenes: Scenes = min(self.environments, key=way).unwrapped.scenes
-        return scenes
+        scenes: list[Scenes] = [environment.unwrapped.scenes for environment in self.environments]
+        return next(own for own in scenes if len(scenes) == 1 or np.array_equal(render(own)[0], obs["base_0_rgb"]))
 
 
 class TablePlanner:
@@ -85,36 +82,40 @@ class TablePolicy:
 
 
 class Robot(threading.Thread):
-    """The ordinary loop around a server, as an unmodified client has it; begins a new episode after ``EPISODE_CALLS``.
+    """The ordinary loop around a server, as an unmodified client has it.
+
+    Args:
+        pause: calls that it makes when all is done until it begins a new episode; None: it never does.
 
     Attributes:
         instructions: the ``instruction`` of each reply, None where there is none.
     """
 
-    def __init__(self, url: str, environment: Any, *, name: str, seed: int, control_s: float = CONTROL_S) -> None:
+    def __init__(self, url: str, environment: Any, *, name: str, seed: int, control_s: float = CONTROL_S, pause: int | None = None) -> None:
         super().__init__(name=name)
         self.instructions: list[str | None] = []
         self._url = url
         self._environment = environment
         self._seed = seed
         self._control_s = control_s
+        self._pause = pause
         self._halt = threading.Event()
 
     def run(self) -> None:
         obs, info = self._environment.reset(seed=self._seed)
-        calls = 0
+        begins, done = True, 0
         with Client(self._url, session_id=self.name) as client:
             while not self._halt.is_set():
-                reply = client.infer({**obs, "prompt": info["instruction"], "reset": calls == 0})
+                reply = client.infer({**obs, "prompt": info["instruction"], "reset": begins})
                 self.instructions.append(reply.get("instruction"))
                 for action in reply["actions"]:
                     obs, *_ = self._environment.step(action)
                     self._halt.wait(self._control_s)
-                calls += 1
-                if reply["subtask"]["text"] == ALL_DONE and calls >= EPISODE_CALLS:
+                begins, done = False, done + 1 if reply["subtask"]["text"] == ALL_DONE else 0
+                if self._pause is not None and done > self._pause:
                     self._seed += 1
                     obs, info = self._environment.reset(seed=self._seed)
-                    calls = 0
+                    begins, done = True, 0
 
     def stop(self) -> None:
         self._halt.set()
@@ -134,7 +135,7 @@ class Table:
 
 
 @contextmanager
-def at_the_table(*names: str, port: int = 0, api_key: str | None = None, control_s: float = CONTROL_S) -> Iterator[Table]:
+def at_the_table(*names: str, port: int = 0, api_key: str | None = None, control_s: float = CONTROL_S, pause: int | None = None) -> Iterator[Table]:
     """A service with robots of these names at work."""
     tables = Tables()
     planner, policy = TablePlanner(tables), TablePolicy(tables)
@@ -146,7 +147,7 @@ def at_the_table(*names: str, port: int = 0, api_key: str | None = None, control
             environment = gymnasium.make("demo.table:tandem/Table-v0", max_episode_steps=1_000_000)
             environment.reset(seed=number)
             tables.environments.append(environment)
-            robots.append(Robot(service.addresses["action"], environment, name=name, seed=number, control_s=control_s))
+            robots.append(Robot(service.addresses["action"], environment, name=name, seed=number, control_s=control_s, pause=pause))
         for robot in robots:
             robot.start()
             stack.callback(robot.stop)
@@ -154,7 +155,7 @@ def at_the_table(*names: str, port: int = 0, api_key: str | None = None, control
 
 
 if __name__ == "__main__":
-    with at_the_table("robot-1", "robot-2", port=int(sys.argv[1]) if len(sys.argv) > 1 else 0) as table:
+    with at_the_table("robot-1", "robot-2", port=int(sys.argv[1]) if len(sys.argv) > 1 else 0, pause=4) as table:
         sys.stdout.write(f"{table.url}\n")
         sys.stdout.flush()
         try:
