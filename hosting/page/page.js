@@ -254,7 +254,7 @@ function renderSessions(sessions) {
     button.dataset.live = session.idle_s < 5 && !session.ended ? "true" : "false";
     button.title = nameOf(session);
     say(button.children[1], nameOf(session));
-    const when = session.ended ? "has left" : session.idle_s < 5 ? (session.subtask || `${session.hz ?? "–"} requests/s`) : `idle for ${duration(session.idle_s)}`;
+    const when = session.ended ? "has left" : session.idle_s < 5 ? (session.subtask || (session.failed ? "the planner fails" : null) || `${session.hz ?? "–"} requests/s`) : `idle for ${duration(session.idle_s)}`;
     say(button.children[2], when);
   });
   for (const gone of there.values()) gone.remove();
@@ -318,7 +318,10 @@ function renderRobot(session) {
   const subtask = [...known.subtasks.values()].at(-1);
   const words = $("subtask");
   words.dataset.kind = subtask?.failed ? "failed" : "";
-  say(words, subtask ? subtask.text || (subtask.failed ? "No subtask: the planner failed" : "Acting on the task itself") : newest.mode === "action_only" ? "Acting on its task" : "No subtask yet");
+  const itself = session.applied == null ? "Acting on its task" : "Acting on the operator’s instruction";
+  if (subtask) say(words, subtask.text || (subtask.failed ? "No subtask: the planner failed" : itself));
+  else say(words, newest.mode === "action_only" ? itself : "No subtask yet");
+  words.dataset.long = words.textContent.length > 60;
   const about = [];
   if (subtask) {
     if (subtask.done) about.push(["done", "good"]);
@@ -454,6 +457,8 @@ let allDims = false;
 function renderActions() {
   const { chunks, states } = known;
   show($("plots"), chunks.length > 0);
+  show(document.querySelector(".legend"), chunks.length > 0);
+  show($("rate").parentElement, chunks.length > 0);
   if (!chunks.length) {
     say($("actions-facts"), newest.mode === "planner_only" ? "No action policy is loaded." : "No chunk yet.");
     show($("more-plots"), false);
@@ -587,7 +592,10 @@ function refuse(detail) {
     if (field) lines[field].push(line.slice(field.length + 1).trim());
     else rest.push(line);
   }
-  for (const field of FIELDS) problem($(`${field}-problem`), lines[field].join("\n") || null, $(field));
+  for (const field of FIELDS) {
+    problem($(`${field}-problem`), lines[field].join("\n") || null, $(field));
+    if (lines[field].length) $(`${field}-preview`)?.replaceChildren();
+  }
   problem($("prompts-problem"), rest.join("\n") || null);
 }
 

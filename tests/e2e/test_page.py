@@ -192,6 +192,13 @@ def test_without_robots_it_says_where_they_may_connect(opened: Open) -> None:
 def test_it_fits_and_can_be_read(table: Table, opened: Open, width: str, scheme: str) -> None:
     page = settled(opened(table.url, viewport=WIDTHS[width], color_scheme=scheme, is_mobile=width == "phone"))
     page.get_by_text("History").click()
+    page.get_by_label("Tell this robot something else").fill("put every block in the left bin")
+    page.get_by_role("button", name="Tell it").click()
+    page.get_by_label(re.compile("Action prompt")).fill("{nothing}" * 30)
+    page.locator("#plan-file").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png(320, 200)})
+    page.get_by_role("button", name="Ask").click()
+    for part in ("#override", "#action_prompt_template-problem", "#answer", "#revisions li"):
+        expect(page.locator(part)).to_be_visible()
     wide, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= seen == WIDTHS[width]["width"]
     faint = page.evaluate(_FAINT)
