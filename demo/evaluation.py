@@ -20,16 +20,21 @@ twice: on the states that ``default`` met, and on states drawn at random (``plan
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table as RichTable
 
 from demo.episodes import Episode, Policy, lockstep, real_time
@@ -41,6 +46,8 @@ from hosting.clients import connect
 from hosting.config import ServiceConfig
 from hosting.service import Service
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["default", "scripted", "action_only", "flat", "every_request", "every_request+100", "async", "async+100"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -134,6 +141,24 @@ def evaluate(
         asyncio.run(of_one_server(config.model_copy(update={"action": action, "planner": None}), ["flat"]))
     report["modes"] = {mode: results[mode].as_json() for mode in wanted}
     return {"episodes": episodes, "first_seed": first_seed, **report}
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """A bar per mode when stderr is a terminal, else a log line when one is finished."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, of: logger.info("%s: %d played", what, of) if done == of else None
+        return
+    columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done)
+
+        yield show
 
 
 def _rows(robots: int) -> int:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 
 from hosting.admin_access import AccessMiddleware
 from hosting.admin_bodies import StrictRoute
+from hosting.admin_page import FILES, Page, add_page_routes
 from hosting.admin_prompts import Refusal, add_prompt_routes, add_refusals
 from hosting.calls import Slot
 from hosting.policy import PromptPreview
@@ -81,6 +82,7 @@ def create_admin_app(
     slot_details: Callable[[], Mapping[str, Any]] = dict,
     sessions: Callable[[int], tuple[int, Sequence[Mapping[str, Any]]]] = lambda limit: (0, ()),
     previews: Callable[[], Mapping[Slot, PromptPreview]] = dict,
+    page: Page | None = None,
 ) -> FastAPI:
     """The admin API as an ASGI application. All callables are called on the event loop.
 
@@ -95,9 +97,10 @@ def create_admin_app(
         slot_details: slot → what ``GET /slots`` tells of it; JSON.
         sessions: limit → how many sessions there are, and what ``GET /sessions`` tells of at most so many; JSON.
         previews: slot → its policy, of those that are loaded and can preview a prompt.
+        page: what ``/`` shows; None: there is no such page.
     """
     app = FastAPI(title="Tandem admin", version=version, description=_DESCRIPTION, redoc_url=None)
-    app.add_middleware(AccessMiddleware, api_key=api_key)
+    app.add_middleware(AccessMiddleware, api_key=api_key, public=FILES if page is not None else ())
     add_refusals(app)
 
     def is_ready(response: Response) -> Mapping[str, Any]:
@@ -157,6 +160,9 @@ def create_admin_app(
         @guarded.api_route("/config{rest:path}", methods=["GET", "PATCH", "POST"], include_in_schema=False)
         async def no_planner(rest: str) -> None:
             raise HTTPException(404, "no planner is configured; there is nothing to edit")
+
+    if page is not None:
+        add_page_routes(guarded, page, settings, version=version, status=status, slot_details=slot_details)
 
     app.include_router(guarded)
     return app

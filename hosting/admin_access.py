@@ -8,7 +8,7 @@ having its own name resolve to a loopback address (DNS rebinding): only names th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -32,11 +32,13 @@ class AccessMiddleware:
     Args:
         app: what answers the rest.
         api_key: what all but the ``PROBES`` need; None: no key is asked for, and the port is a loopback one.
+        public: further paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, public: Collection[str] = ()) -> None:
         self._app = app
         self._api_key = api_key
+        self._public = PROBES | frozenset(public)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -50,7 +52,7 @@ class AccessMiddleware:
         if self._api_key is None and not _names_this_machine(headers.get("host")):
             text = f"Host: this port answers to localhost and loopback addresses, got {headers['host'] or 'nothing'}; use these, or set admin.api_key"
             return JSONResponse({"detail": text}, 421)
-        if scope["path"] not in PROBES and not authorized(headers, self._api_key):
+        if scope["path"] not in self._public and not authorized(headers, self._api_key):
             return JSONResponse({"detail": UNAUTHORIZED_TEXT}, 401, CHALLENGE)
         if scope["method"] not in _SAFE and from_another_site(headers):
             return JSONResponse({"detail": "Origin: a page of another site may not change settings; use this port's own /docs, or a program"}, 403)

@@ -49,7 +49,7 @@ _SERVING_PACKAGES = {
     "tensorstore",
     "uvicorn",
 }
-_SLOT_PACKAGES = {"flax", "jax", "safetensors", "torch"}
+_SLOT_PACKAGES = {"flax", "gymnasium", "jax", "optax", "safetensors", "torch"}
 
 
 def main() -> None:
@@ -97,22 +97,86 @@ def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
         os._exit(code)
 
 
+CheckpointsOption = Annotated[
+    Path | None, typer.Option(help="Directory with planner/ and action/, as train-demo writes it. Default: the shipped pair.", show_default=False)
+]
+
+
 @app.command()
 def demo(
-    directory: Annotated[
-        Path | None, typer.Option(help="Where its checkpoints live. Default: $OPENPI_DATA_HOME/tandem_demo.", show_default=False)
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Requests to stream before the server is left to you.")] = 30,
-    exit_: Annotated[bool, typer.Option("--exit", help="Exit after the last request instead of leaving the server up.")] = False,
-    headless: Annotated[bool, typer.Option(help="Print plain lines, as when the output is no terminal.")] = False,
-    free_ports: Annotated[bool, typer.Option(help="Use any free ports instead of 8000, 8001 and 8002.")] = False,
+    checkpoints: CheckpointsOption = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Stop after so many. Default: go on until Ctrl-C.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first table; the next ones follow.")] = 0,
+    headless: Annotated[bool, typer.Option("--headless", help="Print plain lines, as when the output is no terminal.")] = False,
+    free_ports: Annotated[bool, typer.Option("--free-ports", help="Use any free ports instead of the usual ones.")] = False,
+    refresh: Annotated[Literal["every_request", "async"], typer.Option(help="As planner.refresh.")] = "every_request",
 ) -> None:
-    """Serve a tiny planner and policy and stream synthetic camera images to them: no robot, GPU or download needed."""
+    """Watch a robot at a simulated table follow long instructions: planner, policy, page. No robot, GPU or download needed."""
     _require_serving()
     from demo.run import run_demo
-    from pi0.locations import default_data_home
+    from demo.serving import CHECKPOINTS, demo_config
 
-    sys.exit(run_demo(directory or default_data_home() / "tandem_demo", steps=steps, stay=not exit_, headless=headless, free_ports=free_ports))
+    config = demo_config(checkpoints or CHECKPOINTS, free_ports=free_ports, page=True, refresh=refresh)
+    sys.exit(run_demo(config, episodes=episodes, headless=headless, first_seed=seed))
+
+
+@app.command()
+def eval_demo(
+    episodes: Annotated[int, typer.Option(min=1, help="How many each mode plays, all the same ones.")] = 200,
+    modes: Annotated[str, typer.Option(help="Comma-separated; see docs/demo.md. Default: all.", show_default=False)] = "",
+    checkpoints: CheckpointsOption = None,
+    flat: Annotated[Path | None, typer.Option(help="The flat baseline's checkpoint, which train-demo writes and nobody ships.", show_default=False)] = None,
+    robots: Annotated[int, typer.Option(min=1, max=64, help="How many play side by side.")] = 4,
+    planner_states: Annotated[int, typer.Option(min=0, help="Random states that the planner is asked about besides.")] = 2000,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there, too.", show_default=False)] = None,
+) -> None:
+    """Measure the demo through the server's sockets: success with 95 % intervals by instruction family, for each way to drive the robot."""
+    from hosting import logs
+
+    logs.configure("plain", requests=False)
+    _require_serving()
+    from demo.evaluation import MODES, as_table, evaluate, show_progress
+    from demo.serving import CHECKPOINTS
+
+    chosen = [mode.strip() for mode in modes.split(",") if mode.strip()] or list(MODES)
+    if unknown := [mode for mode in chosen if mode not in MODES]:
+        raise ConfigError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if "flat" in chosen and flat is None and modes:
+        raise ConfigError("--modes: flat needs --flat, the checkpoint that train-demo writes; it is not shipped")
+    with show_progress() as progress:
+        report = evaluate(
+            episodes,
+            chosen,  # type: ignore[arg-type]
+            checkpoints=checkpoints or CHECKPOINTS,
+            flat=flat,
+            robots=robots,
+            planner_states=planner_states,
+            progress=progress,
+        )
+    if json_ is not None:
+        json_.write_text(json.dumps(report, indent=2) + "\n")
+    from rich.console import Console
+
+    Console().print(as_table(report))
+
+
+@app.command()
+def train_demo(
+    output: Annotated[Path, typer.Option(help="Where planner/, action/ and flat/ are written; must not exist.")] = Path("demo-checkpoints"),
+    seed: Annotated[int, typer.Option(min=0, help="Of first values and draws.")] = 7,
+    effort: Annotated[float, typer.Option(min=1e-4, help="Share of the full number of steps.")] = 1.0,
+) -> None:
+    """Train the demo's planner, its policy and the flat baseline from nothing (about an hour on two CPU cores)."""
+    from hosting import logs
+
+    logs.configure("plain")
+    _require_serving()
+    from rich.console import Console
+
+    from demo.training.run import train_demo as train
+
+    record = train(output, seed=seed, effort=effort, console=Console(stderr=True))
+    typer.echo(json.dumps(record, indent=2))
 
 
 @config_app.command("show")

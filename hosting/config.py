@@ -296,6 +296,8 @@ class AdminConfig(_Section):
     """What its clients must send, but for health and readiness; None: they need not."""
     settings_file: Text | None = None
     """JSON file that keeps live changes of the prompt settings over a restart; None: they are forgotten."""
+    page: Flag = False
+    """Whether ``/`` is a page that shows what robots see and do, which is then kept in memory, and takes instructions for them."""
 
 
 class ServiceConfig(BaseSettings):

@@ -8,12 +8,14 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hosting import __version__
+from hosting.cadence import SessionPlan
 from hosting.calls import Origin, Served, Slot
 from hosting.done_subtasks import done_rows
 from hosting.observer import Observer
@@ -22,7 +24,7 @@ from hosting.protocol import jpeg
 from hosting.protocol.requests import InferRequest, Row
 from hosting.routing import Route, of_row, run_on, run_together_on
 from hosting.scheduler import SlotWorker
-from hosting.sessions import ClientSessions, SessionStore
+from hosting.sessions import ClientSessions, Session, SessionStore
 
 SERVER_NAME = "tandem"
 
@@ -30,6 +32,30 @@ _DECODERS = 2
 """Threads that decode JPEG images."""
 
 _DEFAULT_MAX_IMAGE_BYTES = 128 << 20
+
+
+@dataclass(slots=True)
+class _Asking:
+    """One observation, and whose it is.
+
+    Attributes:
+        observation: as it came; its JPEG images are decoded before it is served.
+        instruction: an operator's, in place of its prompt.
+        session: None: a row of a batch that names none.
+    """
+
+    observation: Observation
+    origin: Origin
+    instruction: str | None
+    session: Session | None
+
+    def instructed(self) -> Observation:
+        """The observation as it is served."""
+        return self.observation if self.instruction is None else {**self.observation, "prompt": self.instruction}
+
+    def told(self, reply: Reply) -> Reply:
+        """The reply, which says whose instruction it is for where that is not the robot's own prompt."""
+        return reply if self.instruction is None else {**reply, "instruction": self.instruction}
 
 
 class Endpoint:
@@ -120,22 +146,62 @@ class Endpoint:
         count = len(request.rows)
         with contextlib.ExitStack() as under_way:
             under_way.enter_context(self._accepted())
-            origins = [under_way.enter_context(self._origin(request, index, arrived_s, sessions, served)) for index in range(count)]
-            routes = []
-            decoded_bytes = 0
-            for index, (row, origin) in enumerate(zip(request.rows, origins, strict=True)):
-                obs: Observation = row.observation
-                if paths := jpeg.jpeg_paths(obs):
-                    try:
-                        obs = await self._with_images(obs, paths, decoded_bytes)
-                    except RequestError as error:
-                        raise of_row(error, index, count) from None
-                    decoded_bytes += jpeg.image_bytes(obs, paths)
-                routes.append((self._route(obs, seed=row.seed, origin=origin), origin))
-            if request.batched:
-                reply = _stacked(await run_together_on(self._workers, routes))
-            else:
-                reply = await run_on(self._workers, *routes[0])
+            asking = [under_way.enter_context(self._asking(request, index, arrived_s, sessions, served)) for index in range(count)]
+            try:
+                routes = []
+                decoded_bytes = 0
+                for index, asked in enumerate(asking):
+                    if paths := jpeg.jpeg_paths(asked.observation):
+                        try:
+                            asked.observation = await self._with_images(asked.observation, paths, decoded_bytes)
+                        except RequestError as error:
+                            raise of_row(error, index, count) from None
+                        decoded_bytes += jpeg.image_bytes(asked.observation, paths)
+                    routes.append((self._route(asked.instructed(), seed=request.rows[index].seed, origin=asked.origin), asked.origin))
+                if request.batched:
+                    replies = await run_together_on(self._workers, routes)
+                else:
+                    replies = [await run_on(self._workers, *routes[0])]
+                replies = [asked.told(reply) for asked, reply in zip(asking, replies, strict=True)]
+                reply = _stacked(replies) if request.batched else replies[0]
+            except Exception as error:
+                for asked in asking:
+                    if asked.session is not None:
+                        self.observer.refused(self.slot, asked.session, asked.observation, error)
+                raise
+            ms = (time.perf_counter() - started_s) * 1e3
+            for asked, answer in zip(asking, replies, strict=True):
+                if asked.session is not None:
+                    self.observer.answered(self.slot, asked.session, asked.observation, answer, ms)
+        return reply, ms
+
+    async def ask(self, observation: Observation, *, deadline_s: float) -> tuple[Reply, float]:
+        """One observation of no robot, such as a person's try-out → its reply and the time it took in ms. Gives way to every robot's request.
+
+        Args:
+            observation: with its images as arrays.
+            deadline_s: from now on; where its turn has not come by then, it never will.
+
+        Raises:
+            DrainingError: the slot is still loading, or the server is shutting down.
+            DeadlineError, OverloadedError: robots leave it no room.
+            Exception: whatever the route raises.
+        """
+        if not self.ready or self._route is None:
+            state = "shutting down" if self.draining else "still loading"
+            raise DrainingError(f"the {self.slot} is {state}; ask again when it is ready")
+        started_s = time.perf_counter()
+        origin = Origin(
+            SessionPlan(),
+            flow=(self.slot, "ask"),
+            order=next(self._orders),
+            arrived_s=started_s,
+            deadline_s=started_s + deadline_s,
+            newest_wins=False,
+            background=True,
+        )
+        with self._accepted():
+            reply = await run_on(self._workers, self._route(observation, origin=origin), origin)
         return reply, (time.perf_counter() - started_s) * 1e3
 
     @contextlib.contextmanager
@@ -151,7 +217,7 @@ class Endpoint:
                 self._idle.set()
 
     @contextlib.contextmanager
-    def _origin(self, request: InferRequest, index: int, arrived_s: float, sessions: ClientSessions, served: list[Served]) -> Iterator[Origin]:
+    def _asking(self, request: InferRequest, index: int, arrived_s: float, sessions: ClientSessions, served: list[Served]) -> Iterator[_Asking]:
         """Whose observation a row of ``request`` is; its session is not forgotten meanwhile."""
         row = request.rows[index]
         passing = None
@@ -163,7 +229,7 @@ class Endpoint:
         place_in_session = session.next_index()
         session.in_flight += 1
         try:
-            yield Origin(
+            origin = Origin(
                 session.plan,
                 # A client that sends many robots' observations in one request takes turns with others as one client.
                 flow=(self.slot, sessions) if request.batched else (self.slot, session.key),
@@ -176,6 +242,7 @@ class Endpoint:
                 places=0 if index else 1,
                 served=served,
             )
+            yield _Asking(row.observation, origin, session.instruction, session if passing is None else None)
         finally:
             session.in_flight -= 1
             if passing is not None:

@@ -1,8 +1,10 @@
-"""What the server reports of its work, for whoever counts it. :mod:`hosting.metrics` is the one that does."""
+"""What the server reports of its work: to :mod:`hosting.metrics`, which counts it, and to :mod:`hosting.recent`, which remembers some of it."""
 
 from __future__ import annotations
 
 from hosting.calls import Served, Slot
+from hosting.policy import Observation, Reply
+from hosting.sessions import Session
 
 
 class Observer:
@@ -11,6 +13,13 @@ class Observer:
     def request(self, slot: Slot, mode: str, outcome: str, seconds: float) -> None:
         """A request was answered. ``slot``: the endpoint it came to; ``mode``: default, subtask_only or action_only, reset or metadata, or unknown
         where it could not be read; ``outcome``: ``ok`` or the failure's code (:class:`hosting.failures.Failure`), or ``cancelled``."""
+
+    def answered(self, slot: Slot, session: Session, observation: Observation, reply: Reply, ms: float) -> None:
+        """An observation of ``session`` was answered with ``reply`` after ``ms``. The observation is as the robot sent it, with its JPEG images
+        decoded; its arrays are views of the message, so whoever keeps one keeps the message. Rows of a batch that name no session are not told."""
+
+    def refused(self, slot: Slot, session: Session, observation: Observation, error: Exception) -> None:
+        """It failed with ``error``; where it was one of a batch, any of them may be at fault."""
 
     def served(self, served: Served) -> None:
         """One call of a request was served by its slot; of a batch, each row is reported."""
@@ -47,3 +56,66 @@ class Observer:
 
     def sent(self, slot: Slot, transport: str, count: int) -> None:
         """A message of ``count`` bytes was handed to ``transport``."""
+
+
+class Observers(Observer):
+    """Several, each told of everything in turn."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def request(self, slot: Slot, mode: str, outcome: str, seconds: float) -> None:
+        for observer in self._observers:
+            observer.request(slot, mode, outcome, seconds)
+
+    def answered(self, slot: Slot, session: Session, observation: Observation, reply: Reply, ms: float) -> None:
+        for observer in self._observers:
+            observer.answered(slot, session, observation, reply, ms)
+
+    def refused(self, slot: Slot, session: Session, observation: Observation, error: Exception) -> None:
+        for observer in self._observers:
+            observer.refused(slot, session, observation, error)
+
+    def served(self, served: Served) -> None:
+        for observer in self._observers:
+            observer.served(served)
+
+    def batch(self, slot: Slot, rows: int) -> None:
+        for observer in self._observers:
+            observer.batch(slot, rows)
+
+    def superseded(self, slot: Slot) -> None:
+        for observer in self._observers:
+            observer.superseded(slot)
+
+    def expired(self, slot: Slot) -> None:
+        for observer in self._observers:
+            observer.expired(slot)
+
+    def overloaded(self, slot: Slot) -> None:
+        for observer in self._observers:
+            observer.overloaded(slot)
+
+    def refreshed(self, outcome: str) -> None:
+        for observer in self._observers:
+            observer.refreshed(outcome)
+
+    def subtask_used(self, age_s: float, *, waited: bool) -> None:
+        for observer in self._observers:
+            observer.subtask_used(age_s, waited=waited)
+
+    def shared(self) -> None:
+        for observer in self._observers:
+            observer.shared()
+
+    def decode_steps(self, steps: int) -> None:
+        for observer in self._observers:
+            observer.decode_steps(steps)
+
+    def received(self, slot: Slot, transport: str, count: int) -> None:
+        for observer in self._observers:
+            observer.received(slot, transport, count)
+
+    def sent(self, slot: Slot, transport: str, count: int) -> None:
+        for observer in self._observers:
+            observer.sent(slot, transport, count)

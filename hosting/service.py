@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from hosting import __version__
 from hosting.admin import create_admin_app
+from hosting.admin_page import Page
 from hosting.cadence import Cadence
 from hosting.calls import Slot
 from hosting.certificates import Certificate, load_certificate, local_certificate
@@ -26,9 +27,11 @@ from hosting.conversation import Conversation
 from hosting.endpoint import Endpoint
 from hosting.listeners import HTTPListener, Listener, address_url
 from hosting.metrics import Metrics
+from hosting.observer import Observer, Observers
 from hosting.policy import PlannerPolicy, Policy, PromptPreview, Warmable
 from hosting.protocol.connection import Connection
 from hosting.protocol.profiles import Profile
+from hosting.recent import Recent
 from hosting.request_queue import RequestQueue
 from hosting.routing import Route, action_route, planner_route
 from hosting.scheduler import SlotWorker, Watch
@@ -45,6 +48,9 @@ T = TypeVar("T")
 
 _TYPED = Profile("openpi", errors="map")
 """How clients of the Unix sockets and QUIC are answered."""
+
+_ASK_DEADLINE_S = 20.0
+"""How long a person's question to the planner waits for robots to leave it a turn."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class Service:
             template_revision=lambda: self._live.current.revision,
             ready=lambda slot: self._slot_state(slot) == "ready",
         )
+        self._recent = Recent(self._sessions) if config.admin.page else None
+        self._observer: Observer = self._metrics if self._recent is None else Observers(self._metrics, self._recent)
         self._workers: dict[Slot, SlotWorker] = {slot: self._worker(slot) for slot in config.slots}
         self._endpoints = {
             slot: Endpoint(
@@ -90,7 +98,7 @@ class Service:
                 sessions=self._sessions,
                 deadline_ms=_slot_config(config, slot).scheduler.deadline_ms,
                 max_image_bytes=config.max_message_bytes,
-                observer=self._metrics,
+                observer=self._observer,
             )
             for slot in config.slots
         }
@@ -206,7 +214,7 @@ class Service:
         scheduler, watchdog = _slot_config(self.config, slot).scheduler, self.config.watchdog
         queue = RequestQueue(max_queue=scheduler.max_queue, max_batch=scheduler.max_batch, max_wait_s=scheduler.max_wait_ms / 1e3)
         watch = Watch(watchdog.stuck_after_s, watchdog.fatal_after_s, self._given_up)
-        return SlotWorker(slot, queue, watch=watch, observer=self._metrics)
+        return SlotWorker(slot, queue, watch=watch, observer=self._observer)
 
     def _given_up(self, slot: Slot) -> None:
         """A model call does not come back, and no thread can be ended: the process has to."""
@@ -254,10 +262,18 @@ class Service:
                 slot_details=self._slot_details,
                 sessions=lambda limit: (len(self._sessions), self._sessions.snapshot(limit)),
                 previews=self._previews,
+                page=self._page(),
             )
             admin = HTTPListener("admin.port", config.admin.host, config.admin.port, app, config)
             self._listen("admin", admin)
             self.addresses["admin"] = admin.url
+
+    def _page(self) -> Page | None:
+        """What the admin port's page shows, where there is one."""
+        if self._recent is None:
+            return None
+        planner = self._endpoints.get("planner")
+        return Page(self._recent, self._sessions, partial(planner.ask, deadline_s=_ASK_DEADLINE_S) if planner is not None else None)
 
     def _listen(self, name: str, listener: Listener) -> None:
         self._listeners[name] = listener
@@ -303,12 +319,17 @@ class Service:
                 on_failure=slot.on_failure,
                 cadence=Cadence(slot.refresh, slot.interval_s, slot.max_age_s, slot.on_task_change),
                 timeout_s=slot.timeout_s,
+<<<<<<< HEAD
                 done_subtasks=slot.done_subtasks,
                 observer=self._metrics,
+=======
+                observer=self._observer,
+>>>>>>> wt-page
             )
             self._open("action", combined.steps, combined.metadata)
             # A planner client sends the same cameras; it resizes them by the same list.
             shared = {key: value for key, value in action.metadata.items() if key == "image_specs"}
+<<<<<<< HEAD
             self._open("planner", self._planner_route(planner), {**planner.metadata, **shared})
         elif action is not None:
             self._open("action", action_route(action), action.metadata)
@@ -318,6 +339,13 @@ class Service:
     def _planner_route(self, planner: PlannerPolicy) -> Route:
         assert self.config.planner is not None
         return planner_route(planner, self._live, self._metrics, done_subtasks=self.config.planner.done_subtasks)
+=======
+            self._open("planner", planner_route(planner, self._live, self._observer), {**planner.metadata, **shared})
+        elif action is not None:
+            self._open("action", action_route(action), action.metadata)
+        elif planner is not None:
+            self._open("planner", planner_route(planner, self._live, self._observer), planner.metadata)
+>>>>>>> wt-page
 
     def _load_slot(self, slot: Slot, load: Callable[[ServiceConfig], T]) -> T:
         """On the slot's thread."""
@@ -381,6 +409,8 @@ class Service:
             nonlocal timer
             if swept := self._sessions.sweep():
                 logger.info("sessions: forgot %d that were not used for %g s", swept, self.config.sessions.ttl_s)
+            if self._recent is not None:
+                self._recent.sweep()
             timer = loop.call_later(every_s, sweep)
 
         timer = loop.call_later(every_s, sweep)

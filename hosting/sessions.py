@@ -36,6 +36,7 @@ class Session:
         in_flight: requests under way, counted by whoever serves them; a session that has some is neither swept nor evicted.
         requests: those that came, across resets.
         plan: what the planner said; a new one after every reset.
+        instruction: an operator's, which takes the place of the robot's own prompt until it is withdrawn or the session is reset.
     """
 
     id: str | None
@@ -47,9 +48,13 @@ class Session:
     in_flight: int = 0
     requests: int = 0
     plan: SessionPlan = field(default_factory=SessionPlan)
+    instruction: str | None = None
 
     def reset(self) -> None:
-        """Begin anew: what was planned is forgotten, and what is being planned will be."""
+        """Begin anew: what was planned is forgotten, and what is being planned will be. A new episode follows the robot's own prompt."""
+        if self.instruction is not None:
+            logger.info("session %s: was reset; the operator's instruction has ended", self.id if self.id is not None else f"#{self.key}")
+            self.instruction = None
         self.epoch += 1
         self.observations = 0
         self.plan = self.plan.renewed()
@@ -111,6 +116,13 @@ class SessionStore:
         now_s = self._clock()
         sessions = itertools.chain(reversed(self._named.values()), self._anonymous.values())
         return [_described(session, now_s) for session in itertools.islice(sessions, limit)]
+
+    def by_key(self, key: int) -> Session | None:
+        """The session of that key, while it is remembered."""
+        if key in self._anonymous:
+            return self._anonymous[key]
+        session = next((session for session in self._named.values() if session.key == key), None)
+        return None if session is None else self._find(_name(session), self._clock())
 
     def _find(self, session_id: str, now_s: float) -> Session | None:
         """The session of that id, unless its time is over."""
@@ -245,6 +257,7 @@ def _described(session: Session, now_s: float) -> dict[str, Any]:
     plan = session.plan.current
     return {
         "id": session.id,
+        "key": session.key,
         "anonymous": session.id is None,
         "age_s": now_s - session.created_s,
         "idle_s": now_s - session.last_used_s,
@@ -252,6 +265,7 @@ def _described(session: Session, now_s: float) -> dict[str, Any]:
         "observations": session.observations,
         "in_flight": session.in_flight,
         "epoch": session.epoch,
+        "instruction": session.instruction,
         "task": plan.basis.task if plan is not None else None,
         "subtask": plan.subtask["text"] if plan is not None else None,
         "subtask_age_s": now_s - plan.basis.observed_s if plan is not None else None,

@@ -109,7 +109,7 @@ class TestValues:
             "roboarena": dict.fromkeys(
                 ("image_resolution", "needs_wrist_camera", "n_external_cameras", "needs_stereo_camera", "needs_session_id", "action_space")
             ),
-            "admin": {"host": "127.0.0.1", "port": 8001, "api_key": None, "settings_file": None},
+            "admin": {"host": "127.0.0.1", "port": 8001, "api_key": None, "settings_file": None, "page": False},
             "sessions": {"ttl_s": 600.0, "max_sessions": 1024},
             "watchdog": {"stuck_after_s": 120.0, "fatal_after_s": 600.0},
             "max_message_bytes": 128 * MIB,
@@ -486,10 +486,13 @@ class TestEnvironment:
                 "OPENPI_ACTION_DEFAULT_PROMPT: names no configuration field, correct or unset it; did you mean OPENPI_ACTION__DEFAULT_PROMPT?",
             ),
             ({"OPENPI_HOST__X": "a"}, "OPENPI_HOST__X: names no configuration field, correct or unset it; did you mean OPENPI_HOST?"),
-            ({"OPENPI_ADMIN": "8001"}, 'OPENPI_ADMIN: expected an object with the fields host, port, api_key, settings_file as JSON, got "8001"'),
+            (
+                {"OPENPI_ADMIN": "8001"},
+                'OPENPI_ADMIN: expected an object with the fields host, port, api_key, settings_file, page as JSON, got "8001"',
+            ),
             (
                 {"OPENPI_ADMIN": '{"port": }'},
-                'OPENPI_ADMIN: expected an object with the fields host, port, api_key, settings_file as JSON, got "{\\"port\\": }"',
+                'OPENPI_ADMIN: expected an object with the fields host, port, api_key, settings_file, page as JSON, got "{\\"port\\": }"',
             ),
             ({"OPENPI_ADMIN": '{"port": 1, "port": 2}'}, "OPENPI_ADMIN: port: given twice in one object; keep one"),
             ({"OPENPI_DRAIN_S": "inf"}, 'drain_s: expected a number of at least 0, got "inf" (environment OPENPI_DRAIN_S)'),

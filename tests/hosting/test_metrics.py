@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hosting import __version__
 from hosting.calls import Served, Slot
 from hosting.metrics import CONTENT_TYPE, MODES, OUTCOMES, Metrics
-from hosting.observer import Observer
+from hosting.observer import Observer, Observers
 
 ROOT = Path(__file__).parents[2]
 BOTH: tuple[Slot, ...] = ("action", "planner")
@@ -202,7 +202,9 @@ def test_two_services_in_one_process_count_apart() -> None:
 
 def test_it_hears_everything_that_an_observer_is_told() -> None:
     events = {name for name in vars(Observer) if not name.startswith("_")}
-    assert events == {name for name in vars(Metrics) if not name.startswith("_")} - {"render"}
+    told_of_robots = {"answered", "refused"}  # what it counts of them is in request()
+    assert events - told_of_robots == {name for name in vars(Metrics) if not name.startswith("_")} - {"render"}
+    assert events == {name for name in vars(Observers) if not name.startswith("_")}
 
 
 def test_the_base_install_does_not_need_prometheus_client() -> None:

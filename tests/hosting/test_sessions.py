@@ -199,9 +199,9 @@ def test_snapshot(clock: Clock) -> None:
     robot = client.observe("a")
     index = robot.next_index()
     robot.in_flight += 1
-    nothing = {"task": None, "subtask": None, "subtask_age_s": None, "subtask_revision": None}
+    nothing = {"instruction": None, "task": None, "subtask": None, "subtask_age_s": None, "subtask_revision": None}
     counted = {"requests": 1, "observations": 1, "in_flight": 1, "epoch": 0}
-    assert sessions.snapshot() == [{"id": "a", "anonymous": False, "age_s": 0.0, "idle_s": 0.0, **counted, **nothing}]
+    assert sessions.snapshot() == [{"id": "a", "key": 0, "anonymous": False, "age_s": 0.0, "idle_s": 0.0, **counted, **nothing}]
     basis = Basis("tidy", None, index, order=7, observed_s=clock.now_s - 0.5)
     robot.plan.observe(basis)
     robot.plan.planned(basis, {"text": "pick up", "ms": 3.0})
@@ -209,4 +209,10 @@ def test_snapshot(clock: Clock) -> None:
     client.observe(None)
     known, anonymous = sessions.snapshot()
     assert known["age_s"] == known["idle_s"] == 2.0 and anonymous["id"] is None and anonymous["anonymous"]
-    assert {key: known[key] for key in nothing} == {"task": "tidy", "subtask": "pick up", "subtask_age_s": 2.5, "subtask_revision": 1}
+    assert {key: known[key] for key in nothing} == {
+        "instruction": None,
+        "task": "tidy",
+        "subtask": "pick up",
+        "subtask_age_s": 2.5,
+        "subtask_revision": 1,
+    }
