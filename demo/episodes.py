@@ -86,7 +86,9 @@ def new_table() -> TableEnv:
     return table
 
 
-def lockstep(policy: Policy, seed: int, *, prompt: Prompt = instruction, fields: Mapping[str, Any] | None = None, executed: int = EXECUTED) -> Episode:
+def lockstep(
+    policy: Policy, seed: int, *, prompt: Prompt = instruction, fields: Mapping[str, Any] | None = None, executed: int = EXECUTED
+) -> Episode:
     """One episode in which the table waits for the robot.
 
     Args:

@@ -253,7 +253,9 @@ def as_table(report: Mapping[str, Any]) -> RichTable:
             f"{row['ms_p50']:.0f}",
         )
     if (planner := report.get("planner")) is not None:
-        table.caption = f"planner on {planner['right']['count']} random states: {_with_interval(planner['right'])} right, {planner['ms_p50']:.1f} ms p50"
+        table.caption = (
+            f"planner on {planner['right']['count']} random states: {_with_interval(planner['right'])} right, {planner['ms_p50']:.1f} ms p50"
+        )
     return table
 
 

@@ -86,9 +86,7 @@ class Display:
         now.add_row("[dim]goals", f"{info['goals_done']} of {len(info['goals'])} hold after {episode.steps} steps")
         recent = Table("seed", "instruction", "outcome", "calls", "steps", expand=True, box=None, header_style="dim")
         for past in self.finished[-_SHOWN:]:
-            recent.add_row(
-                str(past.seed), Text(past.instruction), outcome(past, markup=True), str(len(past.calls)), str(past.steps)
-            )
+            recent.add_row(str(past.seed), Text(past.instruction), outcome(past, markup=True), str(len(past.calls)), str(past.steps))
         footer = f"[dim]{self.score}.  Page: [/dim]{self.addresses.get('admin', '')}[dim]   Ctrl-C ends.[/dim]"
         return Group(Panel(now, title=f"seed {episode.seed}", title_align="left"), recent, footer)
 

@@ -42,9 +42,7 @@ def demo_config(checkpoints: Path = CHECKPOINTS, *, free_ports: bool = False, pa
             "planner_transport": PlannerTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
         }
     return ServiceConfig(
-        action=ActionConfig(
-            model_config_name=MODEL_CONFIG, checkpoint_dir=str(checkpoints / "action"), scheduler=SchedulerConfig(max_batch=rows)
-        ),
+        action=ActionConfig(model_config_name=MODEL_CONFIG, checkpoint_dir=str(checkpoints / "action"), scheduler=SchedulerConfig(max_batch=rows)),
         planner=PlannerConfig(
             checkpoint_dir=str(checkpoints / "planner"),
             done_subtasks=(ALL_DONE,),

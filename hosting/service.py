@@ -319,17 +319,12 @@ class Service:
                 on_failure=slot.on_failure,
                 cadence=Cadence(slot.refresh, slot.interval_s, slot.max_age_s, slot.on_task_change),
                 timeout_s=slot.timeout_s,
-<<<<<<< HEAD
                 done_subtasks=slot.done_subtasks,
-                observer=self._metrics,
-=======
                 observer=self._observer,
->>>>>>> wt-page
             )
             self._open("action", combined.steps, combined.metadata)
             # A planner client sends the same cameras; it resizes them by the same list.
             shared = {key: value for key, value in action.metadata.items() if key == "image_specs"}
-<<<<<<< HEAD
             self._open("planner", self._planner_route(planner), {**planner.metadata, **shared})
         elif action is not None:
             self._open("action", action_route(action), action.metadata)
@@ -338,14 +333,7 @@ class Service:
 
     def _planner_route(self, planner: PlannerPolicy) -> Route:
         assert self.config.planner is not None
-        return planner_route(planner, self._live, self._metrics, done_subtasks=self.config.planner.done_subtasks)
-=======
-            self._open("planner", planner_route(planner, self._live, self._observer), {**planner.metadata, **shared})
-        elif action is not None:
-            self._open("action", action_route(action), action.metadata)
-        elif planner is not None:
-            self._open("planner", planner_route(planner, self._live, self._observer), planner.metadata)
->>>>>>> wt-page
+        return planner_route(planner, self._live, self._observer, done_subtasks=self.config.planner.done_subtasks)
 
     def _load_slot(self, slot: Slot, load: Callable[[ServiceConfig], T]) -> T:
         """On the slot's thread."""

@@ -104,7 +104,9 @@ def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[s
     target.mkdir()
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
-    trainer = SubtaskTrainer(source, tokenizer.vocab_size, steps, rate=RATE["planner"], scale=SCALE, classes=PLACES, probe_weight=PROBE_WEIGHT, seed=seed)
+    trainer = SubtaskTrainer(
+        source, tokenizer.vocab_size, steps, rate=RATE["planner"], scale=SCALE, classes=PLACES, probe_weight=PROBE_WEIGHT, seed=seed
+    )
 
     def drawn(batches: Batches, rows: int) -> SubtaskBatch:
         return SubtaskBatch(**vars(batches.planner(rows)))
@@ -120,7 +122,9 @@ def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[s
     return {name: float(np.mean([metrics[name] for metrics in final])) for name in final[0]}
 
 
-def _act(stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+def _act(
+    stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report
+) -> dict[str, float]:
     import torch
 
     from action.checkpoint import load_model

@@ -77,4 +77,3 @@ def _smooth_code(rng: np.random.Generator, values: NDArray[np.intp], width: int)
     waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     code: NDArray[np.float32] = (waves @ rng.normal(0, 1, (2 * _OCTAVES, width)) * (_OCTAVES * width) ** -0.5).astype(np.float32)
     return code
-
