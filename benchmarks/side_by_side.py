@@ -2,7 +2,7 @@
 
     python -m benchmarks.side_by_side [--quick] [--json FILE]
 
-Combined service on the demo's tiny checkpoints (CPU). One client asks for actions alone (``action_only``), first with the planner idle, then
+Combined service on the demo's pair (CPU). One client asks for actions alone (``action_only``), first with the planner idle, then
 while another client keeps the planner busy. The peer is torch's default, as many threads as cores, whose threads wait spinning;
 the service gives torch half of the cores beside a planner (hosting/service.py). Both run in processes of their own, one after the other.
 """
@@ -12,35 +12,26 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import tempfile
 import threading
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.report import Goal, arguments, finish, machine
-from demo import scene
-from demo.checkpoints import MODEL_CONFIG, ensure_checkpoints
+from demo.episodes import new_table
+from demo.serving import demo_config
 from hosting.clients.client import Client
-from hosting.config import ActionConfig, ActionTransportConfig, AdminConfig, PlannerConfig, PlannerTransportConfig, ServiceConfig
 from hosting.service import Service
 
 
-def serve(ready: Connection, planner: Path, action: Path, omp_threads: int | None) -> None:
+def serve(ready: Connection, omp_threads: int | None) -> None:
     """The combined service; ``omp_threads`` as a user would set OMP_NUM_THREADS."""
     os.environ.pop("OMP_NUM_THREADS", None)
     if omp_threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(omp_threads)
-    config = ServiceConfig(
-        action=ActionConfig(model_config_name=MODEL_CONFIG, checkpoint_dir=str(action)),
-        planner=PlannerConfig(checkpoint_dir=str(planner)),
-        action_transport=ActionTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
-        planner_transport=PlannerTransportConfig(websocket_port=0, quic_port=None, unix_socket_path=None),
-        admin=AdminConfig(port=0),
-    )
+    config = demo_config(free_ports=True)
 
     async def main() -> None:
         service = Service(config)
@@ -52,32 +43,39 @@ def serve(ready: Connection, planner: Path, action: Path, omp_threads: int | Non
     asyncio.run(main())
 
 
+def observation() -> dict[str, Any]:
+    """The table at the beginning of an episode, and what is asked there."""
+    obs, info = new_table().reset(seed=0)
+    return {**obs, "prompt": info["instruction"]}
+
+
 def action_calls(url: str, calls: int) -> list[float]:
     """Milliseconds of each call."""
     times = []
+    obs = {**observation(), "mode": "action_only"}
     with Client(url) as client:
-        for frame in range(calls + 3):
-            obs = {**scene.observation(frame), "mode": "action_only"}
+        for _ in range(calls + 3):
             started_s = time.perf_counter()
             client.infer(obs)
             times.append((time.perf_counter() - started_s) * 1e3)
     return times[3:]
 
 
-def measure(planner: Path, action: Path, omp_threads: int | None, calls: int) -> dict[str, dict[str, float]]:
+def measure(omp_threads: int | None, calls: int) -> dict[str, dict[str, float]]:
     """p50 and p99 of action calls, with the planner idle and busy."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, planner, action, omp_threads), daemon=True)
+    process = context.Process(target=serve, args=(theirs, omp_threads), daemon=True)
     process.start()
     try:
         addresses = ours.recv()
         stop = threading.Event()
 
         def plan() -> None:
+            obs = observation()
             with Client(addresses["planner"]) as client:
                 while not stop.is_set():
-                    client.infer(scene.observation(0))
+                    client.infer(obs)
 
         idle = action_calls(addresses["action"], calls)
         busy_planner = threading.Thread(target=plan)
@@ -97,10 +95,8 @@ def main() -> None:
     options = arguments(__doc__)
     calls = 60 if options.quick else 120
     print(machine())
-    with tempfile.TemporaryDirectory() as scratch:
-        planner, action = ensure_checkpoints(Path(scratch) / "demo")
-        settings: dict[str, int | None] = {"torch's default": os.cpu_count(), "tandem": None}
-        figures: dict[str, Any] = {name: measure(planner, action, threads, calls) for name, threads in settings.items()}
+    settings: dict[str, int | None] = {"torch's default": os.cpu_count(), "tandem": None}
+    figures: dict[str, Any] = {name: measure(threads, calls) for name, threads in settings.items()}
     print(f"\naction calls, ms ({calls} each)")
     print(f"  {'':18}{'idle p50':>10}{'idle p99':>10}{'busy p50':>10}{'busy p99':>10}")
     for name, rows in figures.items():

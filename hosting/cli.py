@@ -125,9 +125,7 @@ def eval_demo(
     episodes: Annotated[int, typer.Option(min=1, help="How many each mode plays, all the same ones.")] = 200,
     modes: Annotated[str, typer.Option(help="Comma-separated; see docs/demo.md. Default: all.", show_default=False)] = "",
     checkpoints: CheckpointsOption = None,
-    flat: Annotated[
-        Path | None, typer.Option(help="The flat baseline's checkpoint, which train-demo writes and nobody ships.", show_default=False)
-    ] = None,
+    flat: Annotated[Path | None, typer.Option(help="The flat baseline's checkpoint; train-demo writes it.", show_default=False)] = None,
     robots: Annotated[int, typer.Option(min=1, max=64, help="How many play side by side.")] = 4,
     planner_states: Annotated[int, typer.Option(min=0, help="Random states that the planner is asked about besides.")] = 2000,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there, too.", show_default=False)] = None,

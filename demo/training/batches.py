@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demo.expert import plan
-from demo.instructions import DONE, SUBTASKS
+from demo.instructions import SUBTASKS
 from demo.render import SIZE, render
 from demo.sampling import Samples, for_action, for_planner
 from demo.training.start import SCALE
@@ -118,6 +118,3 @@ def _padded(ids: Any, slots: int) -> NDArray[np.int32]:
     row = np.full(slots, PAD_ID, np.int32)
     row[: len(ids)] = ids
     return row
-
-
-assert DONE == len(SUBTASKS) - 1

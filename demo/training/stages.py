@@ -105,7 +105,14 @@ def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[s
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
     trainer = SubtaskTrainer(
-        source, tokenizer.vocab_size, steps, rate=RATE["planner"], scale=SCALE, classes=PLACES, probe_weight=PROBE_WEIGHT, seed=seed
+        source,
+        tokenizer.vocab_size,
+        steps,
+        rate=RATE["planner"],
+        scale=SCALE,
+        classes=PLACES,
+        probe_weight=PROBE_WEIGHT,
+        seed=seed,
     )
 
     def drawn(batches: Batches, rows: int) -> SubtaskBatch:
