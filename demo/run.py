@@ -47,12 +47,8 @@ class Display:
         """One tick of the episode that is being played."""
         if self.live is not None:
             self.live.update(self._screen(episode, info))
-        elif episode.calls:
-            subtask = episode.calls[-1].reply["subtask"]
-            now = (episode.seed, episode.instruction, subtask["text"])
-            if now != self._shown:
-                self._shown = now
-                self._print(f"  step {episode.steps:3}  {subtask['text']!r}  ({timings(episode.calls[-1])})")
+        else:
+            self._tell(episode)
 
     def begins(self, instruction: str) -> None:
         """An episode begins."""
@@ -63,12 +59,23 @@ class Display:
         """An episode is over."""
         self.finished.append(episode)
         if self.live is None:
+            self._tell(episode)
             self._print(f"  {outcome(episode)}; {self.score}")
 
     @property
     def score(self) -> str:
         """Successes so far."""
         return f"{sum(episode.success for episode in self.finished)} of {len(self.finished)} episodes succeeded"
+
+    def _tell(self, episode: Episode) -> None:
+        """A line where the subtask is another one than before."""
+        if not episode.calls:
+            return
+        subtask = episode.calls[-1].reply["subtask"]
+        now = (episode.seed, episode.instruction, subtask["text"])
+        if now != self._shown:
+            self._shown = now
+            self._print(f"  step {episode.steps:3}  {subtask['text']!r}  ({timings(episode.calls[-1])})")
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

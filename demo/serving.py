@@ -70,6 +70,6 @@ async def serving(service: Service) -> AsyncIterator[asyncio.Task[int]]:
     try:
         yield running
     finally:
-        if not running.done():
+        if not running.done() and not service.stopping:  # a second stop would force it
             service.stop()
         await running

@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -44,7 +44,8 @@ DRAWS: Final = 4
 """Noises and times for each observation of the flow-matching loss."""
 PROBE_WEIGHT: Final = 0.5
 
-_HELD_OUT_ROWS = 2048
+_HELD_OUT_ROWS = 256
+_HELD_OUT_BATCHES = 8
 _REPORT_EVERY = 25
 _MEASURE_EVERY = 400
 
@@ -87,12 +88,13 @@ def vision(directory: Path, *, steps: int, seed: int, report: Report) -> dict[st
     trainer.take_averages()
     tower.requires_grad_(False)
     with torch.inference_mode():
-        _, metrics = loss(Batches(tokenizer, held_out_rng(seed)), _HELD_OUT_ROWS)
+        held_out = Batches(tokenizer, held_out_rng(seed))
+        final = [loss(held_out, _HELD_OUT_ROWS)[1] for _ in range(_held_out_batches(steps))]
     grow_patches(model, SCALE)
     # What nothing read, and so nothing trained, is in the first leaves alone.
     write_params(target / "params", leaves | tower_leaves(model))
     save_model(model, target)
-    return metrics
+    return _mean(final)
 
 
 def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
@@ -122,11 +124,11 @@ def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[s
     for step in range(1, steps + 1):
         metrics = trainer.step(drawn(batches, BATCH["planner"]))
         if step % _MEASURE_EVERY == 0:
-            metrics["held_out"] = trainer.measure(drawn(held_out, _HELD_OUT_ROWS // 8))["right"]
+            metrics["held_out"] = trainer.measure(drawn(held_out, _HELD_OUT_ROWS))["right"]
         report(step, metrics)
-    final = [trainer.measure(drawn(held_out, _HELD_OUT_ROWS // 8)) for _ in range(8)]
+    final = [trainer.measure(drawn(held_out, _HELD_OUT_ROWS)) for _ in range(_held_out_batches(steps))]
     write_params(target / "params", {name: leaf.astype(bfloat16) for name, leaf in trainer.leaves().items()})
-    return {name: float(np.mean([metrics[name] for metrics in final])) for name in final[0]}
+    return _mean(final)
 
 
 def _act(
@@ -165,10 +167,19 @@ def _act(
     model.requires_grad_(False)
     held_out, fixed = Batches(tokenizer, held_out_rng(seed)), torch.Generator().manual_seed(seed + 1)
     with torch.inference_mode():
-        losses = [loss(held_out, _HELD_OUT_ROWS // 8, step, fixed).item() for step in range(8)]
+        final = [{"loss": loss(held_out, _HELD_OUT_ROWS, step, fixed).item()} for step in range(_held_out_batches(steps))]
     grow_patches(model, SCALE)
     save_model(model, target, dtype=torch.bfloat16)
-    return {"loss": float(np.mean(losses))}
+    return _mean(final)
+
+
+def _held_out_batches(steps: int) -> int:
+    """How many batches the last measurement is of: few where there was little to learn."""
+    return min(_HELD_OUT_BATCHES, max(2, steps // 100))
+
+
+def _mean(measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([metrics[name] for metrics in measured])) for name in measured[0]}
 
 
 def action(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:

@@ -73,7 +73,7 @@ def test_times_are_the_references_law() -> None:
     from action.training import _times
 
     times = _times(100_000, torch.Generator().manual_seed(0))
-    assert 0.001 <= times.min() and times.max() <= 1.0
+    assert times.min() >= 0.001 and times.max() <= 1.0
     for t in (0.2, 0.5, 0.9):
         assert (times <= t * 0.999 + 0.001).float().mean().item() == pytest.approx(t**1.5, abs=0.006)
 
@@ -96,9 +96,7 @@ def test_what_is_saved_acts_as_what_was_in_memory(checkpoint: Path, tmp_path: Pa
     save_model(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved", dtype=torch.float32, device=CPU)
     images, tokens, mask, actions = batch(2)
-    inputs = ModelInput(
-        np.repeat(images.numpy(), 3, 1), np.ones((2, 3), np.bool_), tokens.numpy(), mask.numpy(), np.zeros((2, 7), np.float32)
-    )
+    inputs = ModelInput(np.repeat(images.numpy(), 3, 1), np.ones((2, 3), np.bool_), tokens.numpy(), mask.numpy(), np.zeros((2, 7), np.float32))
     noise = actions.numpy()
     np.testing.assert_array_equal(FlowSampler(again).sample(inputs, noise), FlowSampler(model).sample(inputs, noise))
 
@@ -155,5 +153,3 @@ def test_the_learning_rate_rises_and_falls() -> None:
         rates.append(trainer._schedule.get_last_lr()[0])
         trainer.step(layer(torch.ones(1, 2)).sum())
     assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0]) and rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.01
-
-

@@ -1,0 +1,76 @@
+"""How the demo is measured: the shares, the modes, and the whole of it on the trained pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from demo.episodes import Call, Episode
+from demo.evaluation import MODES, Mode, Result, as_table, evaluate, share
+from demo.instructions import FAMILIES
+from tests.e2e.process import run
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    # Newcombe (1998), table I, method 3, gives these.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (20, 20, 0.8389, 1.0)],
+)
+def test_intervals_are_those_of_the_literature(hits: int, count: int, low: float, high: float) -> None:
+    found = share(hits, count)
+    assert found["share"] == hits / count
+    assert (round(found["low"], 4), round(found["high"], 4)) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_nothing_measured_is_no_share() -> None:
+    assert share(0, 0) == {"hits": 0, "count": 0, "share": None, "low": None, "high": None}
+
+
+def test_a_result_counts_by_family() -> None:
+    result = Result("default")
+    for seed, family in enumerate(FAMILIES * 2):
+        calls = [Call("all done", {"subtask": {"text": "all done" if seed else "put"}}, 5.0)]
+        result.episodes.append(Episode(seed, "…", family, success=seed != 1, done=True, steps=10 * seed, calls=calls))
+    assert result.success() == (7, 8) and result.success(FAMILIES[1]) == (1, 2) and result.success(FAMILIES[0]) == (2, 2)
+    assert result.planner_right() == (7, 8)
+    found = result.as_json()
+    assert found["failed_seeds"] == [1] and found["said_done"] == 8 and found["calls"] == 1 and found["steps"] == 35 and found["ms_p50"] == 5.0
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(as_table({"modes": {"default": found}}))
+    text = console.export_text()
+    assert "87.5 % (52.9–97.8)" in text and "50.0 %" in text
+
+
+def test_the_trained_pair(tmp_path: Path) -> None:
+    """The project's promise at a small scale, through the sockets of servers: the floor that CI holds. docs/demo.md has the full figures."""
+    modes: tuple[Mode, ...] = ("default", "scripted", "action_only", "async")
+    report = evaluate(24, modes, robots=4, planner_states=300)
+    told = report["modes"]
+    assert told["default"]["success"]["hits"] >= 22, told["default"]
+    assert told["scripted"]["success"]["hits"] >= 22, told["scripted"]
+    assert told["action_only"]["success"]["hits"] <= 3, told["action_only"]
+    assert told["async"]["success"]["hits"] >= 21, told["async"]
+    assert told["default"]["planner_right"]["share"] >= 0.96 and report["planner"]["right"]["share"] >= 0.97
+    assert told["default"]["said_done"] >= 22
+    json.dumps(report)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    done = run("eval-demo", "--episodes", "2", "--modes", "default", "--planner-states", "50", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
+    assert report["episodes"] == 2 and report["modes"].keys() == {"default"} and report["planner"]["right"]["count"] == 50
+    assert "planner on 50 random states" in done.stdout and "default" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("modes", "said"),
+    [("default,sideways", "error: --modes: 'sideways' is none of default, scripted,"), ("flat", "error: --modes: flat needs --flat, the checkpoint")],
+)
+def test_modes_that_there_are_not(modes: str, said: str) -> None:
+    done = run("eval-demo", "--episodes", "1", "--modes", modes)
+    assert done.returncode == 2 and done.stderr.startswith(said) and "sideways" not in MODES
