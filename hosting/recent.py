@@ -49,19 +49,20 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(slots=True, eq=False)
 class _Subtask:
-    """One subtask, from the first reply that rests on it to the last."""
+    """One subtask, from the first reply that rests on it to the last.
+
+    Attributes:
+        fields: what makes it another one where it changes.
+        told: the last reply's own map.
+    """
 
     id: int
     version: int
     began_s: float
     fields: dict[str, Any]
+    told: Mapping[str, Any]
     last_s: float = 0.0
     requests: int = 0
-    told: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        return tuple(self.fields.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -277,20 +278,13 @@ class Recent(Observer):
             "epoch": record.epoch,
         }
         current = record.subtasks[-1] if record.subtasks else None
-        if current is None or current.identity != tuple(fields.values()):
-            current = _Subtask(next(self._ids), record.version, now_s, fields)
+        if current is None or current.fields != fields:
+            current = _Subtask(next(self._ids), record.version, now_s, fields, subtask)
             record.subtasks.append(current)
         current.version = record.version
         current.last_s = now_s
         current.requests += 1
-        current.told = {
-            "ms": _number(subtask.get("ms")),
-            "age_ms": _number(subtask.get("age_ms")),
-            "waited": subtask["waited"] is True if "waited" in subtask else None,
-            "revision": _number(subtask.get("revision")),
-            "source_index": _number(subtask.get("source_index")),
-            "error": _text(subtask.get("error")),
-        }
+        current.told = subtask
 
     def _described(self, record: _Record, now_s: float) -> dict[str, Any]:
         session, subtask = record.session, record.subtasks[-1] if record.subtasks else None
@@ -351,7 +345,9 @@ def _shown_subtask(subtask: _Subtask) -> dict[str, Any]:
         "last": round(subtask.last_s, 3),
         "requests": subtask.requests,
         **subtask.fields,
-        **subtask.told,
+        **{name: _number(subtask.told.get(name)) for name in ("ms", "age_ms", "revision", "source_index")},
+        "waited": subtask.told["waited"] is True if "waited" in subtask.told else None,
+        "error": _text(subtask.told.get("error")),
     }
 
 

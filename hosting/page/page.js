@@ -202,6 +202,7 @@ function render(changed) {
   show($("nobody"), !session);
   show($("board"), Boolean(session));
   show($("tools"), true);
+  show($("plan-card"), true);
   renderAddresses(state.addresses);
   renderLatency(state.latency);
   if (session) {
