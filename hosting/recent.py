@@ -37,7 +37,8 @@ CHUNKS: Final = 12
 TIMINGS: Final = 512
 MAX_CAMERAS: Final = 8
 MAX_STATE_DIMS: Final = 64
-MAX_CHUNK_NUMBERS: Final = 1 << 14
+MAX_CHUNK_NUMBERS: Final = 1 << 13
+"""Also what the chunks of one answer to the page have in all, older ones left out: more would take a millisecond of the event loop and more."""
 MAX_TEXT_CHARS: Final = 2000
 
 _RATE_WINDOW_S: Final = 10.0
@@ -186,8 +187,8 @@ class Recent(Observer):
     def details(self, key: int, since: int | None = None) -> dict[str, Any] | None:
         """What came of one session after version ``since`` (None: all that is remembered); None where it is not known.
 
-        ``subtasks`` are those that began or changed; ``states`` are ``[time, [d numbers]]``, ``chunks`` ``[time, [[d numbers] × H]]`` with the time
-        of the answer.
+        ``subtasks`` are those that began or changed; ``states`` are pairs of time and ``[d]``, ``chunks`` of the answer's time and ``[H, d]``.
+        :func:`plain` makes JSON of it, which may take a while and any thread.
         """
         record = self._records.get(key)
         if record is None:
@@ -202,8 +203,8 @@ class Recent(Observer):
             "cameras": [{"name": name, "version": record.image_version, **_size(image)} for name, image in record.images.items()],
             "images_dropped": record.dropped,
             "subtasks": [_shown_subtask(subtask) for subtask in _newer(record.subtasks, since, lambda subtask: subtask.version)],
-            "states": [[round(at_s, 4), _numbers(state)] for _, at_s, state in _newer(record.states, since, _version)],
-            "chunks": [[round(at_s, 4), _numbers(chunk)] for _, at_s, chunk in _newer(record.chunks, since, _version)],
+            "states": [(at_s, state) for _, at_s, state in _newer(record.states, since, _version)],
+            "chunks": _newest([(at_s, chunk) for _, at_s, chunk in _newer(record.chunks, since, _version)]),
         }
 
     def image(self, key: int, camera: str) -> tuple[int, NDArray[Any]] | None:
@@ -320,6 +321,18 @@ class Recent(Observer):
             "rate": _rate([at_s for at_s, _, _ in self._requests], now_s) or 0.0,
             "recent": [round(seconds * 1e3, 1) for _, seconds, ok in itertools.islice(reversed(self._requests), _SPARK) if ok][::-1],
         }
+
+
+def plain(details: Mapping[str, Any]) -> dict[str, Any]:
+    """What :meth:`Recent.details` gave, as JSON has it: arrays are nested lists, rounded to what a plot can show."""
+    return {**details, **{name: [[round(at_s, 4), _numbers(array)] for at_s, array in details[name]] for name in ("states", "chunks")}}
+
+
+def _newest(chunks: list[tuple[float, Floats]]) -> list[tuple[float, Floats]]:
+    """As many of the newest as have ``MAX_CHUNK_NUMBERS`` in all, the oldest first."""
+    sizes = itertools.accumulate(chunk.size for _, chunk in reversed(chunks))
+    count = sum(size <= MAX_CHUNK_NUMBERS for size in sizes)
+    return chunks[len(chunks) - count :]
 
 
 def _place(record: _Record, now_s: float) -> tuple[float, int]:
@@ -459,7 +472,7 @@ def _number(value: Any) -> float | None:
 
 
 def _numbers(array: Floats) -> Any:
-    """Nested lists, rounded to what a plot can show; null where JSON has no number."""
+    """Nested lists; null where JSON has no number."""
     with np.errstate(over="ignore", invalid="ignore"):  # of the largest numbers rounding makes infinities
         rounded = np.round(array, 4)
     if np.isfinite(rounded).all():
