@@ -232,7 +232,7 @@ class Recent(Observer):
         self._release(self._records.pop(key))
 
     def _ended(self, record: _Record) -> bool:
-        return self._sessions.by_key(record.session.key) is not record.session
+        return not self._sessions.remembers(record.session)
 
     def _observed(self, record: _Record, observation: Observation) -> None:
         record.prompt = _prompt(observation)

@@ -223,10 +223,12 @@ def test_by_key(clock: Clock) -> None:
     client = sessions.client()
     robot, own = client.observe("a"), client.observe(None)
     assert sessions.by_key(robot.key) is robot and sessions.by_key(own.key) is own and sessions.by_key(99) is None
+    assert sessions.remembers(robot) and sessions.remembers(own)
     client.close()
-    assert sessions.by_key(own.key) is None
+    assert sessions.by_key(own.key) is None and not sessions.remembers(own)
     clock.now_s += 10
-    assert sessions.by_key(robot.key) is None  # nobody swept
+    assert sessions.by_key(robot.key) is None and not sessions.remembers(robot)  # nobody swept
+    assert client.observe("a") is not robot and not sessions.remembers(robot)
 
 
 def test_an_operators_instruction_ends_with_the_episode(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
