@@ -25,7 +25,7 @@ from hosting.combined import MAX_TASK_CHARS
 from hosting.config_problems import shown
 from hosting.failures import client_text
 from hosting.policy import Observation, Reply, RequestError, UnavailableError
-from hosting.recent import Recent
+from hosting.recent import Recent, plain
 from hosting.sessions import Session, SessionStore
 from hosting.templates import LONE_SURROGATE, LiveSettings
 from pi0.cameras import CLIENT_CAMERAS
@@ -153,7 +153,7 @@ def add_page_routes(
         }
         for kept in [kept for kept in encoded if page.recent.image(*kept) is None]:
             del encoded[kept]
-        return Response(json.dumps(document, allow_nan=False, separators=(",", ":")), media_type="application/json", headers=_DATA_HEADERS)
+        return Response(await run_in_threadpool(_encoded, document), media_type="application/json", headers=_DATA_HEADERS)
 
     @router.get("/page/sessions/{key}/images/{camera:path}", include_in_schema=False)
     async def image(key: int, camera: str) -> Response:
@@ -219,6 +219,12 @@ def add_page_routes(
             "width": picture.shape[1],
             "height": picture.shape[0],
         }
+
+
+def _encoded(document: dict[str, Any]) -> bytes:
+    """As JSON; with all that is remembered of a session it takes milliseconds, which robots need not wait."""
+    session = document["session"]
+    return json.dumps({**document, "session": session and plain(session)}, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _file(name: str, content_type: str) -> Callable[[Request], Awaitable[Response]]:

@@ -374,6 +374,8 @@ class ServiceConfig(BaseSettings):
                 f"admin.api_key: missing, and admin.host {self.admin.host} can be reached from other machines, where anybody could edit prompts; "
                 "set a key, or leave admin.host at 127.0.0.1"
             )
+        if self.admin.page and self.admin.port is None:
+            problems.append("admin.page: true, but admin.port is null, so there is no port for it; set one, or leave the page out")
         stuck_s, fatal_s = self.watchdog.stuck_after_s, self.watchdog.fatal_after_s
         if fatal_s is not None and (stuck_s is None or fatal_s < stuck_s):
             least = "null" if stuck_s is None else f"{stuck_s:g}"

@@ -37,7 +37,8 @@ CHUNKS: Final = 12
 TIMINGS: Final = 512
 MAX_CAMERAS: Final = 8
 MAX_STATE_DIMS: Final = 64
-MAX_CHUNK_NUMBERS: Final = 1 << 14
+MAX_CHUNK_NUMBERS: Final = 1 << 13
+"""Also what the chunks of one answer to the page have in all, older ones left out: more would take a millisecond of the event loop and more."""
 MAX_TEXT_CHARS: Final = 2000
 
 _RATE_WINDOW_S: Final = 10.0
@@ -49,19 +50,20 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(slots=True, eq=False)
 class _Subtask:
-    """One subtask, from the first reply that rests on it to the last."""
+    """One subtask, from the first reply that rests on it to the last.
+
+    Attributes:
+        fields: what makes it another one where it changes.
+        told: the last reply's own map.
+    """
 
     id: int
     version: int
     began_s: float
     fields: dict[str, Any]
+    told: Mapping[str, Any]
     last_s: float = 0.0
     requests: int = 0
-    told: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        return tuple(self.fields.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -185,8 +187,8 @@ class Recent(Observer):
     def details(self, key: int, since: int | None = None) -> dict[str, Any] | None:
         """What came of one session after version ``since`` (None: all that is remembered); None where it is not known.
 
-        ``subtasks`` are those that began or changed; ``states`` are ``[time, [d numbers]]``, ``chunks`` ``[time, [[d numbers] × H]]`` with the time
-        of the answer.
+        ``subtasks`` are those that began or changed; ``states`` are pairs of time and ``[d]``, ``chunks`` of the answer's time and ``[H, d]``.
+        :func:`plain` makes JSON of it, which may take a while and any thread.
         """
         record = self._records.get(key)
         if record is None:
@@ -201,8 +203,8 @@ class Recent(Observer):
             "cameras": [{"name": name, "version": record.image_version, **_size(image)} for name, image in record.images.items()],
             "images_dropped": record.dropped,
             "subtasks": [_shown_subtask(subtask) for subtask in _newer(record.subtasks, since, lambda subtask: subtask.version)],
-            "states": [[round(at_s, 4), _numbers(state)] for _, at_s, state in _newer(record.states, since, _version)],
-            "chunks": [[round(at_s, 4), _numbers(chunk)] for _, at_s, chunk in _newer(record.chunks, since, _version)],
+            "states": [(at_s, state) for _, at_s, state in _newer(record.states, since, _version)],
+            "chunks": _newest([(at_s, chunk) for _, at_s, chunk in _newer(record.chunks, since, _version)]),
         }
 
     def image(self, key: int, camera: str) -> tuple[int, NDArray[Any]] | None:
@@ -230,7 +232,7 @@ class Recent(Observer):
         self._release(self._records.pop(key))
 
     def _ended(self, record: _Record) -> bool:
-        return self._sessions.by_key(record.session.key) is not record.session
+        return not self._sessions.remembers(record.session)
 
     def _observed(self, record: _Record, observation: Observation) -> None:
         record.prompt = _prompt(observation)
@@ -277,20 +279,13 @@ class Recent(Observer):
             "epoch": record.epoch,
         }
         current = record.subtasks[-1] if record.subtasks else None
-        if current is None or current.identity != tuple(fields.values()):
-            current = _Subtask(next(self._ids), record.version, now_s, fields)
+        if current is None or current.fields != fields:
+            current = _Subtask(next(self._ids), record.version, now_s, fields, subtask)
             record.subtasks.append(current)
         current.version = record.version
         current.last_s = now_s
         current.requests += 1
-        current.told = {
-            "ms": _number(subtask.get("ms")),
-            "age_ms": _number(subtask.get("age_ms")),
-            "waited": subtask["waited"] is True if "waited" in subtask else None,
-            "revision": _number(subtask.get("revision")),
-            "source_index": _number(subtask.get("source_index")),
-            "error": _text(subtask.get("error")),
-        }
+        current.told = subtask
 
     def _described(self, record: _Record, now_s: float) -> dict[str, Any]:
         session, subtask = record.session, record.subtasks[-1] if record.subtasks else None
@@ -328,6 +323,18 @@ class Recent(Observer):
         }
 
 
+def plain(details: Mapping[str, Any]) -> dict[str, Any]:
+    """What :meth:`Recent.details` gave, as JSON has it: arrays are nested lists, rounded to what a plot can show."""
+    return {**details, **{name: [[round(at_s, 4), _numbers(array)] for at_s, array in details[name]] for name in ("states", "chunks")}}
+
+
+def _newest(chunks: list[tuple[float, Floats]]) -> list[tuple[float, Floats]]:
+    """As many of the newest as have ``MAX_CHUNK_NUMBERS`` in all, the oldest first."""
+    sizes = itertools.accumulate(chunk.size for _, chunk in reversed(chunks))
+    count = sum(size <= MAX_CHUNK_NUMBERS for size in sizes)
+    return chunks[len(chunks) - count :]
+
+
 def _place(record: _Record, now_s: float) -> tuple[float, int]:
     """Robots that are at work keep their places on the page, the newest first; then those that are not, by when they last were."""
     idle_s = now_s - record.last_s
@@ -351,7 +358,9 @@ def _shown_subtask(subtask: _Subtask) -> dict[str, Any]:
         "last": round(subtask.last_s, 3),
         "requests": subtask.requests,
         **subtask.fields,
-        **subtask.told,
+        **{name: _number(subtask.told.get(name)) for name in ("ms", "age_ms", "revision", "source_index")},
+        "waited": subtask.told["waited"] is True if "waited" in subtask.told else None,
+        "error": _text(subtask.told.get("error")),
     }
 
 
@@ -463,7 +472,7 @@ def _number(value: Any) -> float | None:
 
 
 def _numbers(array: Floats) -> Any:
-    """Nested lists, rounded to what a plot can show; null where JSON has no number."""
+    """Nested lists; null where JSON has no number."""
     with np.errstate(over="ignore", invalid="ignore"):  # of the largest numbers rounding makes infinities
         rounded = np.round(array, 4)
     if np.isfinite(rounded).all():

@@ -117,6 +117,12 @@ class SessionStore:
         sessions = itertools.chain(reversed(self._named.values()), self._anonymous.values())
         return [_described(session, now_s) for session in itertools.islice(sessions, limit)]
 
+    def remembers(self, session: Session) -> bool:
+        """Whether it has neither ended nor made room for another."""
+        if session.id is None:
+            return session.key in self._anonymous
+        return self._find(session.id, self._clock()) is session
+
     def by_key(self, key: int) -> Session | None:
         """The session of that key, while it is remembered."""
         if key in self._anonymous:

@@ -102,7 +102,6 @@ function link(state, text) {
 
 let newest = null; // the last state
 let chosen = null; // the session's key
-let pinned = false; // whether a person chose it
 let known = null; // what is remembered of the chosen session
 let offset = 0; // this clock minus the server's, in seconds
 
@@ -140,22 +139,19 @@ async function poll() {
     if (known.version != null) query.set("since", known.version);
   }
   const state = await (await ask(`page/state?${query}`)).json();
-  if (newest && newest.process !== state.process) {
+  const another = newest != null && newest.process !== state.process;
+  if (another) {
     // Another process: its sessions are numbered anew.
     chosen = null;
-    pinned = false;
     loadedRevision = null;
   }
   newest = state;
   offset = Date.now() / 1000 - state.now;
   link(state.ready ? "live" : "wait", state.ready ? "Live" : "Not ready");
   const there = state.sessions.some((session) => session.key === chosen);
-  if (!there) {
-    pinned = false;
-    choose(state.sessions[0]?.key ?? null);
-  }
+  if (!there) choose(state.sessions[0]?.key ?? null);
   let changed = false;
-  if (state.session && state.session.key === chosen && asked === chosen) changed = learn(state.session);
+  if (state.session && state.session.key === chosen && asked === chosen && !another) changed = learn(state.session);
   render(changed);
 }
 
@@ -196,12 +192,14 @@ function render(changed) {
   const state = newest;
   say($("mode"), { combined: "planner and action policy", action_only: "action policy", planner_only: "planner" }[state.mode] ?? state.mode);
   say($("version"), `Tandem ${state.version}`);
+  show($("links"), key == null); // a browser cannot send the key with a plain link
   renderSlots(state.slots);
   renderSessions(state.sessions);
   const session = state.sessions.find((candidate) => candidate.key === chosen);
   show($("nobody"), !session);
   show($("board"), Boolean(session));
   show($("tools"), true);
+  show($("plan-card"), true);
   renderAddresses(state.addresses);
   renderLatency(state.latency);
   if (session) {
@@ -242,7 +240,6 @@ function renderSessions(sessions) {
     if (!button) {
       button = make("button", { type: "button", cls: "session", "data-key": session.key }, make("span", { cls: "dot" }), make("b"), make("small"));
       button.addEventListener("click", () => {
-        pinned = true;
         choose(session.key);
         render(false);
         wake();
@@ -280,6 +277,7 @@ function renderLatency(latency) {
   if (body.children.length !== rows.length) {
     body.replaceChildren(...rows.map(() => make("tr", {}, make("th", { scope: "row" }), make("td"), make("td"), make("td"))));
   }
+  show($("latency").parentElement, rows.length > 0);
   rows.forEach(([name, label, row], i) => {
     const tr = body.children[i];
     tr.className = name === "request" ? "main" : "";

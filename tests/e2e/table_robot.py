@@ -155,7 +155,7 @@ def at_the_table(*names: str, port: int = 0, api_key: str | None = None, control
 
 
 if __name__ == "__main__":
-    with at_the_table("robot-1", "robot-2", port=int(sys.argv[1]) if len(sys.argv) > 1 else 0, pause=4) as table:
+    with at_the_table("robot-1", "robot-2", port=int(sys.argv[1]) if len(sys.argv) > 1 else 0, pause=1) as table:
         sys.stdout.write(f"{table.url}\n")
         sys.stdout.flush()
         try:

@@ -43,11 +43,20 @@ def opened(browser: Browser) -> Iterator[Open]:
     contexts: list[BrowserContext] = []
     problems: list[str] = []
 
-    def opening(url: str, **options: Any) -> Page:
+    def opening(url: str, *, refused: bool = False, **options: Any) -> Page:
+        def logged(message: Any) -> None:
+            # Of a refusal that a test provokes the browser itself says so.
+            if message.type == "error" and not (refused and "the server responded with a status of 4" in message.text):
+                problems.append(message.text)
+
+        def failed(request: Any) -> None:
+            if "ERR_ABORTED" not in request.failure:  # what was under way when the test was over
+                problems.append(f"{request.url}: {request.failure}")
+
         contexts.append(browser.new_context(**{"viewport": WIDTHS["desktop"], **options}))
         page: Page = contexts[-1].new_page()
-        # A refusal that the test provokes is logged by the browser itself, as any response that is no success.
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" and "status of 4" not in message.text else None)
+        page.on("console", logged)
+        page.on("requestfailed", failed)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith((url, "blob:" + url)) else problems.append(f"asks {request.url}"))
         page.goto(url)
@@ -85,7 +94,7 @@ def test_it_shows_what_a_robot_sees_is_told_and_does(table: Table, opened: Open)
 
 
 def test_a_template_edit_takes_effect_and_a_refused_one_says_why(table: Table, opened: Open) -> None:
-    page = settled(opened(table.url))
+    page = settled(opened(table.url, refused=True))
     template, apply = page.get_by_label(re.compile("Action prompt")), page.get_by_role("button", name="Apply")
     expect(apply).to_be_disabled()
     template.fill("only {task}")
@@ -124,7 +133,7 @@ def test_an_edit_that_somebody_else_was_faster_than_is_not_lost(table: Table, op
 
 
 def test_an_instruction_reaches_the_robot_until_it_is_withdrawn(table: Table, opened: Open) -> None:
-    page = settled(opened(table.url))
+    page = settled(opened(table.url, refused=True))
     own = page.locator("#prompt").inner_text()
     field = page.get_by_label("Tell this robot something else")
     field.fill("put every block in the right bin")
@@ -147,7 +156,7 @@ def test_an_instruction_reaches_the_robot_until_it_is_withdrawn(table: Table, op
 
 
 def test_the_planner_can_be_asked_about_a_picture(table: Table, opened: Open) -> None:
-    page = settled(opened(table.url))
+    page = settled(opened(table.url, refused=True))
     page.get_by_role("button", name="Ask").click()
     expect(page.locator("#plan-problem")).to_have_text("Choose a picture first.")
     page.get_by_role("textbox", name="Task", exact=True).fill("find the cup")
@@ -167,7 +176,7 @@ def test_the_planner_can_be_asked_about_a_picture(table: Table, opened: Open) ->
 
 def test_with_a_key_it_asks_for_it_and_keeps_it_for_the_tab(opened: Open) -> None:
     with at_the_table("robot-1", api_key=KEY, control_s=CONTROL_S) as table:
-        page = opened(table.url)
+        page = opened(table.url, refused=True)
         field, go_on = page.get_by_label(re.compile("admin.api_key")), page.get_by_role("button", name="Go on")
         field.fill("wrong")
         go_on.click()
@@ -190,7 +199,7 @@ def test_without_robots_it_says_where_they_may_connect(opened: Open) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_and_can_be_read(table: Table, opened: Open, width: str, scheme: str) -> None:
-    page = settled(opened(table.url, viewport=WIDTHS[width], color_scheme=scheme, is_mobile=width == "phone"))
+    page = settled(opened(table.url, refused=True, viewport=WIDTHS[width], color_scheme=scheme, is_mobile=width == "phone"))
     page.get_by_text("History").click()
     page.get_by_label("Tell this robot something else").fill("put every block in the left bin")
     page.get_by_role("button", name="Tell it").click()

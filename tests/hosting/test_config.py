@@ -395,6 +395,10 @@ class TestMalformedFile:
                 "planner_transport.websocket_port: 8000 is also action_transport.websocket_port; give one of them another port",
             ),
             (
+                {"action": ACTION, "admin": {"port": None, "page": True}},
+                "admin.page: true, but admin.port is null, so there is no port for it; set one, or leave the page out",
+            ),
+            (
                 {"planner": PLANNER, "admin": {"port": 8002}},
                 "admin.port: 8002 is also planner_transport.websocket_port; give one of them another port",
             ),

@@ -14,6 +14,7 @@ import pytest
 from hosting import __version__
 from hosting.calls import SlotCall, Steps
 from hosting.endpoint import Endpoint
+from hosting.observer import Observer, Observers
 from hosting.policy import DeadlineError, DrainingError, MessageError, ModeError, ObservationError
 from hosting.protocol import jpeg
 from hosting.protocol.requests import InferRequest, parse_request
@@ -190,3 +191,53 @@ async def test_what_is_late_is_not_begun(worker: SlotWorker) -> None:
     assert called == []
     await endpoint.serve(request, time.perf_counter() + 60, endpoint.sessions.client(), [])
     assert called
+
+
+async def test_a_question_of_no_robot_is_answered_beside_them(worker: SlotWorker) -> None:
+    endpoint = Endpoint("action", {"action": worker})
+    with pytest.raises(DrainingError, match="the action is still loading; ask again when it is ready"):
+        await endpoint.ask({"prompt": "x"}, deadline_s=10)
+    running, free = threading.Event(), threading.Event()
+    asked: list[str] = []
+
+    def hook(obs: Any) -> None:
+        asked.append(obs["prompt"])
+        running.set()
+        free.wait(20)
+
+    endpoint.open(action_route(EchoPolicy(hook)), METADATA)
+    busy = asyncio.create_task(serve(endpoint, {"prompt": "busy"}))
+    await asyncio.to_thread(running.wait, 20)
+    question = asyncio.create_task(endpoint.ask({"prompt": "question"}, deadline_s=1e6))
+    await asyncio.sleep(0)
+    robot = asyncio.create_task(serve(endpoint, {"prompt": "robot"}))
+    late = asyncio.create_task(endpoint.ask({"prompt": "late"}, deadline_s=1e-9))
+    with pytest.raises(DeadlineError):
+        await late
+    free.set()
+    reply, ms = await question
+    await asyncio.gather(busy, robot)
+    assert reply["asked"] == {"prompt": "question"} and ms > 0 and asked == ["busy", "robot", "question"]
+    assert len(endpoint.sessions) == 2  # the two robots
+    await endpoint.drain()
+    with pytest.raises(DrainingError, match="the action is shutting down"):
+        await endpoint.ask({"prompt": "x"}, deadline_s=10)
+
+
+async def test_who_is_told_of_each_observation_and_its_answer(worker: SlotWorker) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class Told(Observer):
+        def answered(self, slot: Any, session: Any, observation: Any, reply: Any, ms: float) -> None:
+            told.append(("answered", session.id, observation["prompt"], "actions" in reply))
+
+        def refused(self, slot: Any, session: Any, observation: Any, error: Exception) -> None:
+            told.append(("refused", session.id, observation["prompt"], str(error)))
+
+    endpoint = Endpoint("action", {"action": worker}, observer=Observers(Told()))
+    endpoint.open(action_route(EchoPolicy()), METADATA)
+    await serve(endpoint, {"prompt": "one", "session_id": "a"})
+    await serve(endpoint, {"batch": [{"prompt": "two", "session_id": "a"}, {"prompt": "nobody's"}]})
+    with pytest.raises(ModeError) as caught:
+        await serve(endpoint, {"prompt": "three", "session_id": "b", "mode": "x"})
+    assert told == [("answered", "a", "one", True), ("answered", "a", "two", True), ("refused", "b", "three", str(caught.value))]

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from hosting.calls import Served
 from hosting.policy import ObservationError, SupersededError
-from hosting.recent import CHUNKS, MAX_CAMERAS, MAX_STATE_DIMS, STATES, SUBTASKS, TIMINGS, Recent
+from hosting.recent import CHUNKS, MAX_CAMERAS, MAX_CHUNK_NUMBERS, MAX_STATE_DIMS, STATES, SUBTASKS, TIMINGS, Recent, plain
 from hosting.sessions import ClientSessions, Session, SessionStore
 
 IMAGE = np.zeros((4, 6, 3), np.uint8)
@@ -46,8 +46,9 @@ class World:
     def details(self, session: Session, since: int | None = None) -> dict[str, Any]:
         details = self.recent.details(session.key, since)
         assert details is not None
-        json.dumps(details, allow_nan=False)
-        return details
+        shown = plain(details)
+        json.dumps(shown, allow_nan=False)
+        return shown
 
     def listed(self) -> list[dict[str, Any]]:
         listed: list[dict[str, Any]] = self.recent.overview()["sessions"]
@@ -143,6 +144,12 @@ class TestStatesAndChunks:
         for strange in (np.zeros(3), np.zeros((300, 300)), np.array([["a"]]), [[1.0]], np.zeros((0, 3))):
             world.answer(reply={"actions": strange})
         assert len(world.details(session)["chunks"]) == 1
+
+    def test_one_answer_has_no_more_numbers_than_the_event_loop_can_bear(self, world: World) -> None:
+        for rows in (100, 200, MAX_CHUNK_NUMBERS // 2 - 100, MAX_CHUNK_NUMBERS // 2):
+            session = world.answer(reply={"actions": np.zeros((rows, 1))})
+            world.clock.now_s += 1
+        assert [len(chunk) for _, chunk in world.details(session)["chunks"]] == [MAX_CHUNK_NUMBERS // 2 - 100, MAX_CHUNK_NUMBERS // 2]
 
     @pytest.mark.filterwarnings("ignore:overflow encountered")  # by the expectation itself
     @given(hnp.arrays(hnp.floating_dtypes(), hnp.array_shapes(min_dims=2, max_dims=2, max_side=4)))

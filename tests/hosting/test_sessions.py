@@ -216,3 +216,29 @@ def test_snapshot(clock: Clock) -> None:
         "subtask_age_s": 2.5,
         "subtask_revision": 1,
     }
+
+
+def test_by_key(clock: Clock) -> None:
+    sessions = store(clock)
+    client = sessions.client()
+    robot, own = client.observe("a"), client.observe(None)
+    assert sessions.by_key(robot.key) is robot and sessions.by_key(own.key) is own and sessions.by_key(99) is None
+    assert sessions.remembers(robot) and sessions.remembers(own)
+    client.close()
+    assert sessions.by_key(own.key) is None and not sessions.remembers(own)
+    clock.now_s += 10
+    assert sessions.by_key(robot.key) is None and not sessions.remembers(robot)  # nobody swept
+    assert client.observe("a") is not robot and not sessions.remembers(robot)
+
+
+def test_an_operators_instruction_ends_with_the_episode(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    client = store(clock).client()
+    robot = client.observe("a")
+    for reset in (lambda: client.reset(["a"]), lambda: client.reset(None), lambda: client.observe("a", begins=True)):
+        robot.instruction = "stop"
+        client.observe("a")
+        assert robot.instruction == "stop"
+        with caplog.at_level(logging.INFO):
+            reset()
+        assert robot.instruction is None and "session a: was reset; the operator's instruction has ended" in caplog.messages
+        caplog.clear()
