@@ -7,10 +7,16 @@ comma := ,
 # One marker per choice of extras, so that asking for another one installs it.
 VENV = .venv/.ok$(subst $(comma),-,$(addprefix -,$(EXTRAS)))
 
-.PHONY: demo test test-hud lint bench
+.PHONY: demo test test-hud lint bench eval-demo train-demo
 
 demo: $(VENV)
 	.venv/bin/python main.py demo
+
+eval-demo: $(VENV)
+	.venv/bin/python main.py eval-demo
+
+train-demo: $(VENV)
+	.venv/bin/python main.py train-demo
 
 test: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m pytest -q
@@ -28,6 +34,7 @@ bench: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m benchmarks.keepalive
 	.venv/bin/python -m benchmarks.planner
 	.venv/bin/python -m benchmarks.side_by_side
+	.venv/bin/python -m benchmarks.demo
 	.venv/bin/python -m benchmarks.transports
 	.venv/bin/python -m benchmarks.lossy
 	.venv/bin/python -m benchmarks.cadence

@@ -31,7 +31,7 @@ class Table:
         return PolicyInputs(flat_images(observation, CAMERAS), state)
 
     def outputs(self, actions: Array) -> Array:
-        """The commands as they are: absolute, in the units of the state. The model is wider than the robot."""
+        """The commands as they are: absolute, in the units of the state."""
         return actions[..., :3]
 
     def example(self, rng: np.random.Generator) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def eval_demo(
     with show_progress() as progress:
         report = evaluate(
             episodes,
-            chosen,  # type: ignore[arg-type]
+            chosen,
             checkpoints=checkpoints or CHECKPOINTS,
             flat=flat,
             robots=robots,
