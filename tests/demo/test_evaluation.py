@@ -47,13 +47,12 @@ def test_a_result_counts_by_family() -> None:
 
 def test_the_trained_pair(tmp_path: Path) -> None:
     """The project's promise at a small scale, through the sockets of servers: the floor that CI holds. docs/demo.md has the full figures."""
-    modes: tuple[Mode, ...] = ("default", "scripted", "action_only", "async")
+    modes: tuple[Mode, ...] = ("default", "scripted", "action_only")
     report = evaluate(24, modes, robots=4, planner_states=300)
     told = report["modes"]
     assert told["default"]["success"]["hits"] >= 22, told["default"]
     assert told["scripted"]["success"]["hits"] >= 22, told["scripted"]
     assert told["action_only"]["success"]["hits"] <= 3, told["action_only"]
-    assert told["async"]["success"]["hits"] >= 21, told["async"]
     assert told["default"]["planner_right"]["share"] >= 0.96 and report["planner"]["right"]["share"] >= 0.97
     assert told["default"]["said_done"] >= 22
     json.dumps(report)
