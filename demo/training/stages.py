@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -36,10 +37,12 @@ from pi0.tokenizer import TOKENIZER_FILE, PromptTokenizer
 Stage = Literal["vision", "planner", "action", "flat"]
 STAGES: Final[tuple[Stage, ...]] = ("vision", "planner", "action", "flat")
 
-STEPS: Final[dict[Stage, int]] = {"vision": 2200, "planner": 3200, "action": 2000, "flat": 2000}
-"""Optimiser steps of a full training."""
+STEPS: Final[dict[Stage, int]] = {"vision": 2200, "planner": 3200, "action": 3600, "flat": 3600}
+"""Optimiser steps of a full training. Those of the policies are in two rounds (``SECOND_ROUND``)."""
 BATCH: Final[dict[Stage, int]] = {"vision": 96, "planner": 32, "action": 32, "flat": 32}
 RATE: Final[dict[Stage, float]] = {"vision": 2e-3, "planner": 1e-3, "action": 1e-3, "flat": 1e-3}
+SECOND_ROUND: Final = 4 / 9
+"""Which share of a policy's steps is a second round: from what the first one wrote, with fresh draws, at half the rate."""
 DRAWS: Final = 4
 """Noises and times for each observation of the flow-matching loss."""
 PROBE_WEIGHT: Final = 0.5
@@ -134,6 +137,26 @@ def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[s
 def _act(
     stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report
 ) -> dict[str, float]:
+    second = round(SECOND_ROUND * steps)
+    first = steps - second
+    scratch = directory / f"{stage}-first-round"
+    metrics = _round(draw, directory / "vision", scratch, steps=first, rate=RATE[stage], seed=seed, report=report)
+    if second:
+        after = partial(_later, report, first)
+        metrics = _round(draw, scratch, directory / stage, steps=second, rate=RATE[stage] / 2, seed=seed + 1, report=after)
+    else:
+        scratch.rename(directory / stage)
+    return metrics
+
+
+def _later(report: Report, done: int, step: int, metrics: dict[str, float]) -> None:
+    report(done + step, metrics)
+
+
+def _round(
+    draw: Callable[[Batches, int, int], ActionRows], source: Path, target: Path, *, steps: int, rate: float, seed: int, report: Report
+) -> dict[str, float]:
+    """Trains the policy in ``source`` and writes it to ``target``."""
     import torch
 
     from action.checkpoint import load_model
@@ -141,17 +164,15 @@ def _act(
     from action.training import Trainer, flow_loss, grow_patches, shrink_patches
 
     torch.set_num_threads(1)
-    source, target = directory / "vision", directory / stage
     target.mkdir()
-    tokenizer_file = (source / TOKENIZER_FILE).read_bytes()
-    (target / TOKENIZER_FILE).write_bytes(tokenizer_file)
+    (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
     model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     shrink_patches(model, SCALE)
     model.requires_grad_(True)
     model.vision.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    trainer = Trainer([model], steps, rate=RATE[stage])
+    trainer = Trainer([model], steps, rate=rate)
     batches = Batches(tokenizer, training_rng(seed))
 
     def loss(batches: Batches, rows: int, step: int, generator: torch.Generator) -> torch.Tensor:
@@ -160,7 +181,7 @@ def _act(
         return flow_loss(model, *map(torch.from_numpy, arrays), draws=DRAWS, generator=generator)
 
     for step in range(1, steps + 1):
-        value = loss(batches, BATCH[stage], step, generator)
+        value = loss(batches, BATCH["action"], step, generator)
         trainer.step(value)
         report(step, {"loss": value.item()})
     trainer.take_averages()
