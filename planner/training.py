@@ -94,7 +94,7 @@ def optimiser(steps: int, *, rate: float, warm_up: int = 100, weight_decay: floa
     update = optax.contrib.muon(
         schedule,
         weight_decay=weight_decay,
-        weight_decay_mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params),
+        weight_decay_mask=_decayed,
         adam_b2=0.98,
         muon_weight_dimension_numbers=_muon_axes,
         consistent_rms=0.2,
@@ -106,13 +106,18 @@ def _muon_axes(params: Any) -> Any:
     """Which leaves Muon updates, and along which axes: the stacked matrices ``[L, in, out]`` of the blocks."""
 
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-        return optax.contrib.MuonDimensionNumbers(1, 2) if leaf.ndim == 3 else None
+        return optax.contrib.MuonDimensionNumbers(1, 2) if leaf.ndim == 3 and "bias" not in jax.tree_util.keystr(path) else None
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def _decayed(params: Any) -> Any:
+    """Which leaves weight decay applies to: neither norms nor biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not any(word in jax.tree_util.keystr(path) for word in ("norm", "bias")), params)
+
+
 class SubtaskTrainer:
-    """A planner that learns, from a checkpoint whose tower can see already and stays as it is.
+    """A planner that learns, from a checkpoint whose tower can see already.
 
     Args:
         checkpoint_dir: where it starts; one with as many tokens in its embedding as ``vocabulary``.
@@ -120,6 +125,7 @@ class SubtaskTrainer:
         scale: how much smaller than 224 pixels the pictures are that it is trained on. The stored patch convolution is summed over
             ``scale`` × ``scale`` pixels for it: it sees the average of what it will see.
         classes: of the probe, which is weighted with ``probe_weight`` against the loss of the answers.
+        train_tower: whether the vision tower learns, too; half as fast, and the last percent.
         averaging: how much of the running average stays at each step; less at the beginning, where the average would be of nothing.
     """
 
@@ -134,25 +140,28 @@ class SubtaskTrainer:
         classes: int,
         probe_weight: float,
         seed: int,
+        train_tower: bool = False,
         averaging: float = 0.998,
     ) -> None:
         params, self._dims = restore(checkpoint_dir, np.arange(vocabulary, dtype=np.int32), np.dtype(np.float32))
-        self._vision, patch = params.vision, self._dims.vision.patch // scale
-        kernel = np.asarray(params.vision.patch.kernel)
-        coarse = kernel.reshape(patch, scale, patch, scale, *kernel.shape[2:]).sum(axis=(1, 3))
-        tower = params.vision.replace(patch=siglip.DenseParams(jnp.asarray(coarse), params.vision.patch.bias))  # type: ignore[attr-defined]
+        self._scale, patch = scale, self._dims.vision.patch // scale
+        self._tower = tower = _with_kernel(params.vision, _coarse(np.asarray(params.vision.patch.kernel), scale))
+        self._train_tower = train_tower
         small = dataclasses.replace(self._dims, vision=dataclasses.replace(self._dims.vision, patch=patch))
 
         width = self._dims.vlm.width
         probe = Probe(jnp.asarray(np.random.default_rng(seed).normal(0, width**-0.5, (width, classes)), jnp.float32))
         # The step takes its arguments' memory for its results, so no two of them may be one.
-        self._trained, self._averaged = (jax.tree.map(jnp.copy, (params.language, probe)) for _ in range(2))
+        start = (params.language, probe, tower) if train_tower else (params.language, probe)
+        self._trained, self._averaged = (jax.tree.map(jnp.copy, start) for _ in range(2))
         self._averaging, self._steps = averaging, 0
         update = optimiser(steps, rate=rate)
         self._state = update.init(self._trained)
 
-        def loss(trained: tuple[gemma.GemmaParams, Probe], batch: SubtaskBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return subtask_loss(trained[0], trained[1], tower, batch, dims=small, probe_weight=probe_weight)
+        def loss(trained: tuple[Any, ...], batch: SubtaskBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            language, probe, *trained_tower = trained
+            vision = trained_tower[0] if trained_tower else tower
+            return subtask_loss(language, probe, vision, batch, dims=small, probe_weight=probe_weight)
 
         @partial(jax.jit, donate_argnums=(0, 1, 2))
         def step(trained: Any, state: Any, averaged: Any, keep: Any, batch: SubtaskBatch) -> Any:
@@ -178,4 +187,17 @@ class SubtaskTrainer:
 
     def leaves(self) -> dict[str, NDArray[Any]]:
         """The averaged weights as a checkpoint's leaves, for pictures of full size."""
-        return backbone_leaves(self._vision, self._averaged[0], self._dims)
+        tower = self._averaged[2] if self._train_tower else self._tower
+        kernel = np.asarray(tower.patch.kernel).repeat(self._scale, axis=0).repeat(self._scale, axis=1) / np.float32(self._scale**2)
+        return backbone_leaves(_with_kernel(tower, kernel), self._averaged[0], self._dims)
+
+
+def _coarse(kernel: NDArray[np.float32], scale: int) -> NDArray[np.float32]:
+    """A patch convolution ``[patch, patch, 3, D]`` for pictures that are smaller by ``scale``."""
+    patch = kernel.shape[0] // scale
+    return kernel.reshape(patch, scale, patch, scale, *kernel.shape[2:]).sum(axis=(1, 3))
+
+
+def _with_kernel(vision: siglip.SiglipParams, kernel: NDArray[np.float32]) -> siglip.SiglipParams:
+    tower: siglip.SiglipParams = vision.replace(patch=siglip.DenseParams(jnp.asarray(kernel), vision.patch.bias))  # type: ignore[attr-defined]
+    return tower

@@ -37,12 +37,13 @@ from pi0.tokenizer import TOKENIZER_FILE, PromptTokenizer
 Stage = Literal["vision", "planner", "action", "flat"]
 STAGES: Final[tuple[Stage, ...]] = ("vision", "planner", "action", "flat")
 
-STEPS: Final[dict[Stage, int]] = {"vision": 2200, "planner": 3200, "action": 3600, "flat": 3600}
-"""Optimiser steps of a full training. Those of the policies are in two rounds (``SECOND_ROUND``)."""
+STEPS: Final[dict[Stage, int]] = {"vision": 2200, "planner": 4000, "action": 3600, "flat": 3600}
+"""Optimiser steps of a full training; all but the first stage's are in two rounds (``SECOND_ROUND``)."""
 BATCH: Final[dict[Stage, int]] = {"vision": 96, "planner": 32, "action": 32, "flat": 32}
 RATE: Final[dict[Stage, float]] = {"vision": 2e-3, "planner": 1e-3, "action": 1e-3, "flat": 1e-3}
-SECOND_ROUND: Final = 4 / 9
-"""Which share of a policy's steps is a second round: from what the first one wrote, with fresh draws, at half the rate."""
+SECOND_ROUND: Final[dict[Stage, float]] = {"planner": 0.2, "action": 4 / 9, "flat": 4 / 9}
+"""Which share of a stage's steps is a second round: from what the first one wrote, with fresh draws, at half the rate. The planner's tower learns
+in it, too."""
 DRAWS: Final = 4
 """Noises and times for each observation of the flow-matching loss."""
 PROBE_WEIGHT: Final = 0.5
@@ -102,23 +103,19 @@ def vision(directory: Path, *, steps: int, seed: int, report: Report) -> dict[st
 
 def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
     """Writes ``directory/planner``, from ``directory/vision``."""
+    return _in_rounds("planner", _planner_round, directory, steps=steps, seed=seed, report=report)
+
+
+def _planner_round(source: Path, target: Path, *, steps: int, rate: float, seed: int, report: Report, last: bool) -> dict[str, float]:
+    """Trains the planner in ``source`` and writes it to ``target``."""
     from planner.export import write_params
     from planner.training import SubtaskBatch, SubtaskTrainer
 
-    source, target = directory / "vision", directory / "planner"
     target.mkdir()
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
-    trainer = SubtaskTrainer(
-        source,
-        tokenizer.vocab_size,
-        steps,
-        rate=RATE["planner"],
-        scale=SCALE,
-        classes=PLACES,
-        probe_weight=PROBE_WEIGHT,
-        seed=seed,
-    )
+    options = {"scale": SCALE, "classes": PLACES, "probe_weight": PROBE_WEIGHT, "seed": seed, "train_tower": last}
+    trainer = SubtaskTrainer(source, tokenizer.vocab_size, steps, rate=rate, **options)
 
     def drawn(batches: Batches, rows: int) -> SubtaskBatch:
         return SubtaskBatch(**vars(batches.planner(rows)))
@@ -134,27 +131,34 @@ def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[s
     return _mean(final)
 
 
+def _in_rounds(stage: Stage, run: Callable[..., dict[str, float]], directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
+    second = max(1, round(SECOND_ROUND[stage] * steps))
+    first = max(1, steps - second)
+    between = directory / f"{stage}-first-round"
+    run(directory / "vision", between, steps=first, rate=RATE[stage], seed=seed, report=report, last=False)
+
+    def later(step: int, metrics: dict[str, float]) -> None:
+        report(first + step, metrics)
+
+    return run(between, directory / stage, steps=second, rate=RATE[stage] / 2, seed=seed + 1, report=later, last=True)
+
+
 def _act(
     stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report
 ) -> dict[str, float]:
-    second = round(SECOND_ROUND * steps)
-    first = steps - second
-    scratch = directory / f"{stage}-first-round"
-    metrics = _round(draw, directory / "vision", scratch, steps=first, rate=RATE[stage], seed=seed, report=report)
-    if second:
-        after = partial(_later, report, first)
-        metrics = _round(draw, scratch, directory / stage, steps=second, rate=RATE[stage] / 2, seed=seed + 1, report=after)
-    else:
-        scratch.rename(directory / stage)
-    return metrics
+    return _in_rounds(stage, partial(_action_round, draw), directory, steps=steps, seed=seed, report=report)
 
 
-def _later(report: Report, done: int, step: int, metrics: dict[str, float]) -> None:
-    report(done + step, metrics)
-
-
-def _round(
-    draw: Callable[[Batches, int, int], ActionRows], source: Path, target: Path, *, steps: int, rate: float, seed: int, report: Report
+def _action_round(
+    draw: Callable[[Batches, int, int], ActionRows],
+    source: Path,
+    target: Path,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    report: Report,
+    last: bool,
 ) -> dict[str, float]:
     """Trains the policy in ``source`` and writes it to ``target``."""
     import torch
