@@ -4,7 +4,8 @@
 
 One robot, one request at a time, the pictures of an episode. The server is a process of its own (`python main.py demo` and `serve` are the same
 service). The peer is the same pair in this process without a server, called in turns with it, with torch on half of the cores as the service
-sets it beside a planner. `make demo` is timed from the command to the first action, five times (`--quick`: once), with the packages installed.
+sets it beside a planner. The demo's command is timed to its robot's first answer, five times (`--quick`: once), on free ports and with the packages
+installed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def server() -> Iterator[dict[str, str]]:
     """`main.py serve` on the demo's configuration; its addresses."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "config.json"
-        path.write_text(json.dumps(demo_config(free_ports=True).model_dump(exclude_none=True)))
+        path.write_text(json.dumps({**demo_config(free_ports=True).model_dump(), "log_requests": False}))
         command = [sys.executable, str(ROOT / "main.py"), "serve", "--config", str(path)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
             assert process.stderr is not None

@@ -6,7 +6,7 @@
 the new one replaces it from the action on that is due by then. What a robot meets.
 
 In both, who speaks of being done is the planner (``planner.done_subtasks``): the robot stops there, and the table, not the models, decides
-whether that is a success. Without a planner nobody says so; then the goals holding at any moment is one.
+whether that is a success. Without a planner nobody says so; then an episode ends as soon as the goals hold (``until_goals_hold``).
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ class Policy(Protocol):
 class Call:
     """One request of an episode: what came back, what the scripted rule would have said, and how long it took."""
 
-    expected: str
+    expected: str | None
+    """None: it was asked under another instruction than it was answered under."""
     reply: Reply
     ms: float
 
     @property
     def right(self) -> bool | None:
-        """Whether the planner said what the rule says; None where there is no subtask, or one that was planned from an earlier observation."""
+        """Whether the planner said what the rule says; None where there is no subtask, one that was planned from an earlier observation, or no rule
+        to go by."""
         subtask = self.reply.get("subtask")
-        if not isinstance(subtask, Mapping) or not subtask.get("waited", True):
+        if self.expected is None or not isinstance(subtask, Mapping) or not subtask.get("waited", True):
             return None
         return bool(subtask["text"].strip() == self.expected)
 
@@ -87,7 +89,13 @@ def new_table() -> TableEnv:
 
 
 def lockstep(
-    policy: Policy, seed: int, *, prompt: Prompt = instruction, fields: Mapping[str, Any] | None = None, executed: int = EXECUTED
+    policy: Policy,
+    seed: int,
+    *,
+    prompt: Prompt = instruction,
+    fields: Mapping[str, Any] | None = None,
+    executed: int = EXECUTED,
+    until_goals_hold: bool = False,
 ) -> Episode:
     """One episode in which the table waits for the robot.
 
@@ -95,11 +103,11 @@ def lockstep(
         prompt: what is asked.
         fields: what every observation has besides, such as ``mode``.
         executed: how many actions of each chunk are carried out.
+        until_goals_hold: the episode ends, successfully, as soon as all goals hold, because nobody is there to say so.
     """
     table = new_table()
     obs, info = table.reset(seed=seed)
     episode = Episode(seed, info["instruction"], table.family)
-    reached = False
     while len(episode.calls) < MAX_CALLS * EXECUTED // executed:
         started_s = time.perf_counter()
         reply = policy.infer({**obs, **(fields or {}), "prompt": prompt(info), "seed": len(episode.calls)})
@@ -110,8 +118,10 @@ def lockstep(
         for action in reply["actions"][:executed]:
             obs, _, _, _, info = table.step(action)
             episode.steps += 1
-            reached = reached or info["success"]
-    episode.success = bool(info["success"] or (reached and not episode.done and "subtask" not in reply))
+            if until_goals_hold and info["success"]:
+                episode.success = True
+                return episode
+    episode.success = bool(info["success"])
     return episode
 
 
@@ -208,8 +218,8 @@ def real_time(
         for now in itertools.count():
             if (answered := robot.answer()) is not None:
                 reply, ms = answered
-                episode.calls.append(Call(expected, reply, ms))
-                info = _heard(table, reply, info)
+                info = _heard(table, reply.get("instruction", prompt), info)
+                episode.calls.append(Call(expected if info["instruction"] == episode.instruction else None, reply, ms))
                 episode.instruction = info["instruction"]
                 if says_done(reply) and not episode.done:
                     done_now = now
@@ -224,7 +234,8 @@ def real_time(
                 info["instruction"] = episode.instruction
                 episode.steps += 1
             watch(episode, info)
-            next_s += 1 / rate_hz
+            # What was late is not made up for: a robot's actions come a tick apart.
+            next_s = max(next_s + 1 / rate_hz, time.perf_counter())
             time.sleep(max(0.0, next_s - time.perf_counter()))
     finally:
         robot.close()
@@ -238,11 +249,10 @@ def says_done(reply: Reply) -> bool:
     return isinstance(subtask, Mapping) and bool(subtask.get("done"))
 
 
-def _heard(table: TableEnv, reply: Reply, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Where an operator's instruction took the place of the robot's (``instruction`` in the reply), the table is judged by that one. One that
-    this table cannot do is not judged: then what was asked before still is."""
-    told = reply.get("instruction")
-    if told is None or told == info["instruction"]:
+def _heard(table: TableEnv, told: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an operator's instruction took the place of the robot's (``instruction`` in the reply), or its own is back, the table is judged by that.
+    One that this table cannot do is not judged: then what was asked before still is."""
+    if told == info["instruction"]:
         return dict(info)
     try:
         table.set_instruction(told)

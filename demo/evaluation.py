@@ -23,6 +23,7 @@ import asyncio
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ from demo.sampling import for_planner, held_out_rng
 from demo.serving import CHECKPOINTS, demo_config, serving
 from hosting.clients import connect
 from hosting.config import ServiceConfig
+from hosting.policy import ConfigError
 from hosting.service import Service
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE
 
@@ -114,6 +116,9 @@ def evaluate(
         planner_states: random states that the planner is asked about besides; 0: none.
     """
     wanted = [mode for mode in modes if mode != "flat" or flat is not None]
+    for directory in (checkpoints / "planner", checkpoints / "action", *([flat] if flat is not None else [])):
+        if not directory.is_dir():  # rather now than after an hour
+            raise ConfigError(f"there is no checkpoint {directory}; give the directory that train-demo wrote")
     results: dict[str, Result] = {}
     report: dict[str, Any] = {}
     seeds = range(first_seed, first_seed + episodes)
@@ -162,22 +167,31 @@ def show_progress() -> Iterator[Progress]:
 
 
 def _rows(robots: int) -> int:
-    return 1 << (robots - 1).bit_length()
+    """The largest batch: each doubling of the planner's costs its programs once more at the start."""
+    return min(4, 1 << (robots - 1).bit_length())
 
 
 def _play(mode: Mode, url: str, seeds: Sequence[int], robots: int, progress: Progress) -> Result:
     """Episodes of all ``seeds``, ``robots`` at a time, each robot over a connection and with a session of its own."""
     result = Result(mode)
+    lock, failed = threading.Lock(), threading.Event()
     started_s = time.perf_counter()
 
     def robot(number: int) -> list[Episode]:
         played = []
-        with closing(connect(url, session_id=f"{mode} {number}")) as client:
-            for seed in seeds[number::robots]:
-                client.reset()
-                played.append(_episode(mode, client, seed))
-                result.episodes.append(played[-1])
-                progress(mode, len(result.episodes), len(seeds))
+        try:
+            with closing(connect(url, session_id=f"{mode} {number}", retry_lost=False)) as client:
+                for seed in seeds[number::robots]:
+                    if failed.is_set():
+                        break
+                    client.reset()
+                    played.append(_episode(mode, client, seed))
+                    with lock:
+                        result.episodes.append(played[-1])
+                        progress(mode, len(result.episodes), len(seeds))
+        except BaseException:
+            failed.set()
+            raise
         return played
 
     with ThreadPoolExecutor(robots) as side_by_side:
@@ -189,12 +203,14 @@ def _play(mode: Mode, url: str, seeds: Sequence[int], robots: int, progress: Pro
 
 def _episode(mode: Mode, client: Policy, seed: int) -> Episode:
     match mode:
-        case "default" | "flat":
+        case "default":
             return lockstep(client, seed)
+        case "flat":
+            return lockstep(client, seed, until_goals_hold=True)
         case "action_only":
-            return lockstep(client, seed, fields={"mode": "action_only"})
+            return lockstep(client, seed, fields={"mode": "action_only"}, until_goals_hold=True)
         case "scripted":
-            return lockstep(client, seed, prompt=_scripted, fields={"mode": "action_only"})
+            return lockstep(client, seed, prompt=_scripted, fields={"mode": "action_only"}, until_goals_hold=True)
         case "every_request" | "async":
             return real_time(client, seed, rate_hz=RATE_HZ)
         case "every_request+100" | "async+100":
@@ -218,7 +234,7 @@ def _random_states(url: str, count: int, progress: Progress) -> dict[str, Any]:
             times.append((time.perf_counter() - started_s) * 1e3)
             expected = SUBTASKS[subtask]
             right[expected.split()[0].replace("all", "done")].append(said == expected)
-            if (row + 1) % 50 == 0:
+            if (row + 1) % 50 == 0 or row + 1 == count:
                 progress("planner", row + 1, count)
     every = [answer for answers in right.values() for answer in answers]
     return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -34,13 +36,15 @@ class Display:
     """Shows the robot's episodes: live on a terminal, else a line for every change.
 
     Attributes:
-        finished: the episodes that are over.
+        recent: the last episodes that are over, without what came back in them.
     """
 
     console: Console
     live: Live | None
     addresses: Mapping[str, str]
-    finished: list[Episode] = field(default_factory=list)
+    recent: deque[Episode] = field(default_factory=lambda: deque(maxlen=_SHOWN))
+    _played: int = 0
+    _succeeded: int = 0
     _shown: tuple[int, str, str] | None = None
 
     def tick(self, episode: Episode, info: Mapping[str, Any]) -> None:
@@ -57,25 +61,27 @@ class Display:
 
     def ends(self, episode: Episode) -> None:
         """An episode is over."""
-        self.finished.append(episode)
+        self._played += 1
+        self._succeeded += episode.success
         if self.live is None:
             self._tell(episode)
             self._print(f"  {outcome(episode)}; {self.score}")
+        self.recent.append(dataclasses.replace(episode, calls=[]))
 
     @property
     def score(self) -> str:
         """Successes so far."""
-        return f"{sum(episode.success for episode in self.finished)} of {len(self.finished)} episodes succeeded"
+        return f"{self._succeeded} of {self._played} episodes succeeded"
 
     def _tell(self, episode: Episode) -> None:
         """A line where the subtask is another one than before."""
         if not episode.calls:
             return
         subtask = episode.calls[-1].reply["subtask"]
-        now = (episode.seed, episode.instruction, subtask["text"])
+        now = (episode.seed, episode.instruction, said(subtask))
         if now != self._shown:
             self._shown = now
-            self._print(f"  step {episode.steps:3}  {subtask['text']!r}  ({timings(episode.calls[-1])})")
+            self._print(f"  step {episode.steps:3}  {said(subtask)!r}  ({timings(episode.calls[-1])})")
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -86,16 +92,21 @@ class Display:
         if episode.calls:
             call = episode.calls[-1]
             subtask = call.reply["subtask"]
-            now.add_row("[dim]subtask", Text(subtask["text"], style="bold green" if subtask.get("done") else "bold cyan"))
+            now.add_row("[dim]subtask", Text(said(subtask), style="bold green" if subtask.get("done") else "bold cyan"))
             now.add_row("[dim]", f"{subtask['age_ms'] / 1e3:.2f} s old when it was used, revision {subtask['revision']}")
             now.add_row("[dim]chunk", _chunk(call.reply))
             now.add_row("[dim]took", timings(call))
         now.add_row("[dim]goals", f"{info['goals_done']} of {len(info['goals'])} hold after {episode.steps} steps")
-        recent = Table("seed", "instruction", "outcome", "calls", "steps", expand=True, box=None, header_style="dim")
-        for past in self.finished[-_SHOWN:]:
-            recent.add_row(str(past.seed), Text(past.instruction), outcome(past, markup=True), str(len(past.calls)), str(past.steps))
+        recent = Table("seed", "instruction", "outcome", "steps", expand=True, box=None, header_style="dim")
+        for past in self.recent:
+            recent.add_row(str(past.seed), Text(past.instruction), outcome(past, markup=True), str(past.steps))
         footer = f"[dim]{self.score}.  Page: [/dim]{self.addresses.get('admin', '')}[dim]   Ctrl-C ends.[/dim]"
         return Group(Panel(now, title=f"seed {episode.seed}", title_align="left"), recent, footer)
+
+
+def said(subtask: Mapping[str, Any]) -> str:
+    """What the planner said, or why it said nothing."""
+    return str(subtask["text"] or f"none: {subtask.get('error', 'the planner said nothing')}")
 
 
 def timings(call: Call) -> str:
@@ -175,4 +186,5 @@ def _display(console: Console, headless: bool, addresses: Mapping[str, str]) -> 
         yield Display(console, None, addresses)
         return
     with Live(console=console, refresh_per_second=10) as live:
+        console.show_cursor(True)  # a second Ctrl-C ends the process before anybody could show it again
         yield Display(console, live, addresses)

@@ -62,12 +62,12 @@ async def serving(service: Service) -> AsyncIterator[asyncio.Task[int]]:
         Exception: what the service failed to start with.
     """
     running = asyncio.create_task(service.serve())
-    becoming_ready = asyncio.create_task(service.ready.wait())
-    await asyncio.wait([running, becoming_ready], return_when=asyncio.FIRST_COMPLETED)
-    becoming_ready.cancel()
-    if running.done():
-        running.result()
     try:
+        becoming_ready = asyncio.create_task(service.ready.wait())
+        await asyncio.wait([running, becoming_ready], return_when=asyncio.FIRST_COMPLETED)
+        becoming_ready.cancel()
+        if running.done():
+            running.result()
         yield running
     finally:
         if not running.done() and not service.stopping:  # a second stop would force it

@@ -143,6 +143,8 @@ def eval_demo(
         raise ConfigError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
     if "flat" in chosen and flat is None and modes:
         raise ConfigError("--modes: flat needs --flat, the checkpoint that train-demo writes; it is not shipped")
+    if json_ is not None and not json_.parent.is_dir():
+        raise ConfigError(f"--json: there is no directory {json_.parent}")
     with show_progress() as progress:
         report = evaluate(
             episodes,

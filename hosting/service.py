@@ -39,6 +39,7 @@ from hosting.sessions import SessionStore
 from hosting.settings_file import SettingsFile
 from hosting.templates import LiveSettings, PromptSettings
 from hosting.transports.quic import QuicTransport
+from hosting.transports.socket_file import remove_all
 from hosting.transports.unix_socket import UnixSocketTransport
 from hosting.transports.websocket import WebSocketTransport
 
@@ -506,5 +507,6 @@ def _certificate(config: ServiceConfig) -> Certificate:
 
 
 def _exit_now(code: int) -> None:
+    remove_all()
     logging.shutdown()
     os._exit(code)

@@ -90,7 +90,8 @@ def subtask_loss(
 def optimiser(steps: int, *, rate: float, warm_up: int = 100, weight_decay: float = 0.01) -> optax.GradientTransformation:
     """Muon on the blocks' matrices, scaled to Adam's size, and Adam with decoupled weight decay on the rest; norm 1 clipping, linear warm-up,
     cosine to 0. (On this family's small models Muon reaches with a third of the steps what Adam alone does.)"""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(warm_up, max(1, steps // 10)), steps)
+    warm_up = min(warm_up, max(1, steps // 10))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, max(steps, warm_up + 1))
     update = optax.contrib.muon(
         schedule,
         weight_decay=weight_decay,
@@ -125,7 +126,7 @@ class SubtaskTrainer:
         scale: how much smaller than 224 pixels the pictures are that it is trained on. The stored patch convolution is summed over
             ``scale`` × ``scale`` pixels for it: it sees the average of what it will see.
         classes: of the probe, which is weighted with ``probe_weight`` against the loss of the answers.
-        train_tower: whether the vision tower learns, too; half as fast, and the last percent.
+        train_tower: whether the vision tower learns, too.
         averaging: how much of the running average stays at each step; less at the beginning, where the average would be of nothing.
     """
 

@@ -8,9 +8,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,8 @@ from pi0.errors import TandemError
 
 RECORD: Final = "training.json"
 _SHIPPED: Final[tuple[Stage, ...]] = ("planner", "action", "flat")
+_HALVES: Final[tuple[tuple[Stage, ...], ...]] = (("planner",), ("action", "flat"))
+"""What runs side by side after the vision stage."""
 _NORM_STATS: Final = {"mean": [0.0] * 3, "std": [1.0] * 3, "q01": [-1.0] * 3, "q99": [1.0] * 3}
 """Under which the table's units, [-1, 1] already, stay as they are."""
 
@@ -50,26 +53,36 @@ def train_demo(output: Path, *, seed: int, effort: float, console: Console) -> d
     """
     if output.exists():
         raise TrainingError(f"{output} exists; nothing is trained over it. Choose another with --output, or move it away")
-    scratch = output.with_name(f"{output.name}.partial-training")
-    shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted training; nothing but this function writes there
     try:
-        scratch.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     except OSError as error:
         raise TrainingError(f"cannot write {output}: {error.strerror}; choose another with --output") from error
+    try:
+        record = _train(scratch, seed=seed, effort=effort, console=console)
+        scratch.chmod(0o755)
+        scratch.rename(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # there only if something failed, which the error tells
+    return record
+
+
+def _train(scratch: Path, *, seed: int, effort: float, console: Console) -> dict[str, Any]:
     started_s = time.perf_counter()
     results: dict[str, Any] = {}
-    with _display(console) as display:
+    with _display(console) as display, ThreadPoolExecutor(2) as side_by_side:
         runs = {stage: _Run(stage, scratch, max(1, round(STEPS[stage] * effort)), seed, display) for stage in STAGES}
-        results |= _all([runs["vision"]])
-        with ThreadPoolExecutor(2) as side_by_side:
-            halves = [side_by_side.submit(_all, [runs[stage] for stage in half]) for half in (("planner",), ("action", "flat"))]
-            try:
-                for half in halves:
+        try:
+            results |= _all([runs["vision"]])
+            halves = [side_by_side.submit(_all, [runs[stage] for stage in half]) for half in _HALVES]
+            wait(halves, return_when=FIRST_EXCEPTION)
+            for half in halves:
+                if half.done():
                     results |= half.result()
-            except BaseException:
-                for run in runs.values():
-                    run.stop()
-                raise
+        except BaseException:
+            for run in runs.values():
+                run.stop()
+            raise
     for stage in ("action", "flat"):
         _write_norm_stats(scratch / stage)
     record = {
@@ -85,7 +98,8 @@ def train_demo(output: Path, *, seed: int, effort: float, console: Console) -> d
     for entry in scratch.iterdir():
         if entry.is_dir() and entry.name not in _SHIPPED:
             shutil.rmtree(entry)
-    scratch.rename(output)
+        elif entry.suffix == ".log":
+            entry.unlink()
     return record
 
 

@@ -9,9 +9,10 @@ action  the chunk of a subtask          PyTorch the vision stage's checkpoint
 flat    the chunk of a long instruction PyTorch the vision stage's checkpoint
 ======= =============================== ======= =============================
 
-Every stage reads and writes checkpoints in the formats that are served, through the ordinary readers. The towers stay as the vision stage
-left them: it is what makes the rest short. The flat policy is the baseline (docs/demo.md): the same model, the same start, the same number
-of steps and the same losses as the action policy, but told only the long instruction.
+Every stage reads and writes checkpoints in the formats that are served, through the ordinary readers. The policies leave the tower as the
+vision stage made it, and so does the planner in its first round: it is what makes the rest short. The flat policy is the baseline
+(docs/demo.md): the same model, the same start, the same number of steps and the same losses as the action policy, but told only the long
+instruction.
 """
 
 from __future__ import annotations
@@ -146,10 +147,11 @@ def _in_rounds(stage: Stage, run: Callable[..., dict[str, float]], directory: Pa
 def _act(
     stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report
 ) -> dict[str, float]:
-    return _in_rounds(stage, partial(_action_round, draw), directory, steps=steps, seed=seed, report=report)
+    return _in_rounds(stage, partial(_action_round, stage, draw), directory, steps=steps, seed=seed, report=report)
 
 
 def _action_round(
+    stage: Stage,
     draw: Callable[[Batches, int, int], ActionRows],
     source: Path,
     target: Path,
@@ -185,7 +187,7 @@ def _action_round(
         return flow_loss(model, *map(torch.from_numpy, arrays), draws=DRAWS, generator=generator)
 
     for step in range(1, steps + 1):
-        value = loss(batches, BATCH["action"], step, generator)
+        value = loss(batches, BATCH[stage], step, generator)
         trainer.step(value)
         report(step, {"loss": value.item()})
     trainer.take_averages()

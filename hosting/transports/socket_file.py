@@ -13,6 +13,9 @@ from hosting.policy import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_there: set[SocketFile] = set()
+"""Files of sockets that listen."""
+
 
 class SocketFile:
     """A listening Unix socket at ``path``. What a server that is gone has left there is removed, nothing else.
@@ -39,6 +42,7 @@ class SocketFile:
                 os.umask(umask)
             self.socket.listen(backlog)
             self._identity = _identity(path)
+            _there.add(self)
         except ConfigError:
             self.socket.close()
             raise
@@ -49,9 +53,16 @@ class SocketFile:
 
     def remove(self) -> None:
         """Remove the file, unless it is another's by now."""
+        _there.discard(self)
         if self._identity is not None and _identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
             self._identity = None  # the number may be given to another file
+
+
+def remove_all() -> None:
+    """Remove the files of all sockets of this process, which is about to end without closing them."""
+    for file in list(_there):
+        file.remove()
 
 
 def _remove_if_stale(path: Path) -> None:

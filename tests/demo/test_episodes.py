@@ -65,20 +65,20 @@ def test_lockstep_ends_when_the_planner_says_so(table: TableEnv) -> None:
     assert all(call.right for call in episode.calls)
 
 
-def test_lockstep_without_a_planner_counts_goals_that_hold_at_any_moment(table: TableEnv) -> None:
-    class Undoes(Rules):
-        """Does what is asked, then drops what it can elsewhere."""
+def test_lockstep_without_a_planner_ends_when_the_goals_hold(table: TableEnv) -> None:
+    episode = lockstep(Rules(table, says=False), 3, until_goals_hold=True)
+    assert episode.success and not episode.done and table.info["success"] and len(episode.calls) < MAX_CALLS
 
+
+def test_lockstep_goes_on_where_a_planner_has_yet_to_say_so(table: TableEnv) -> None:
+    class Silent(Rules):
         def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]:
             reply = super().infer(obs)
-            if self.table.info["success"]:
-                scenes = self.table.scenes
-                reply["actions"] = plan(scenes, np.array([int(np.flatnonzero(scenes.present[0])[0])]))[0]
-            return reply
+            reply["subtask"] = {"text": "…", "done": False}
+            return {"actions": np.tile(obs["state"], (12, 1)), **reply}
 
-    episode = lockstep(Undoes(table, says=False), 3)
+    episode = lockstep(Silent(table), 3)
     assert episode.success and not episode.done and len(episode.calls) == MAX_CALLS
-    assert not table.info["success"], "it did not stay so, and yet it was done once"
 
 
 def test_lockstep_gives_up(table: TableEnv) -> None:
@@ -199,6 +199,23 @@ def test_an_instruction_that_the_table_cannot_do_is_not_judged() -> None:
     assert asked[-1] == asked[0], "the robot's own prompt goes on"
 
 
+def test_an_instruction_that_is_withdrawn_is_no_longer_what_the_table_judges_by() -> None:
+    table = new_table()
+    _, info = table.reset(seed=3)
+    bins = {"left": "right", "middle": "left", "right": "middle"}
+    other = f"put the {info['goals'][0][0]} block in the {bins[info['goals'][0][1]]} bin"
+
+    class Withdrawn(Rules):
+        def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]:
+            self.operator = {1: other} if len(self.asked) in (1, 2) else {}
+            return super().infer(obs)
+
+    rules = Withdrawn(table)
+    episode = real_time(rules, 3, table=table, rate_hz=200.0)
+    assert episode.instruction == info["instruction"] and episode.success and table.info["goals"] == info["goals"]
+    assert sum(call.expected is None for call in episode.calls) == 2, "what was asked before and answered after is not judged"
+
+
 def test_a_robot_that_lingers_hears_of_more_to_do() -> None:
     table = new_table()
     _, info = table.reset(seed=3)
@@ -246,4 +263,5 @@ def test_which_answers_are_judged() -> None:
     assert Call("all done", {"subtask": {"text": "pick up the red block", "waited": True}}, 1.0).right is False
     assert Call("all done", {"subtask": {"text": "all done", "waited": False}}, 1.0).right is None, "planned from an earlier observation"
     assert Call("all done", {"actions": None}, 1.0).right is None
+    assert Call(None, {"subtask": {"text": "all done"}}, 1.0).right is None
     assert says_done({"subtask": {"text": "", "done": True}}) and not says_done({"subtask": {"text": "all done"}}) and not says_done({})

@@ -12,6 +12,8 @@ from rich.console import Console
 from demo.episodes import Call, Episode
 from demo.evaluation import MODES, Mode, Result, as_table, evaluate, share
 from demo.instructions import FAMILIES
+from demo.serving import CHECKPOINTS
+from hosting.policy import ConfigError
 from tests.e2e.process import run
 
 
@@ -59,11 +61,15 @@ def test_the_trained_pair(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    done = run("eval-demo", "--episodes", "2", "--modes", "default", "--planner-states", "50", "--json", str(tmp_path / "figures.json"))
+    """The servers that the floor above does not need; the shipped policy stands in for the flat one."""
+    figures = tmp_path / "figures.json"
+    flat = CHECKPOINTS / "action"
+    done = run("eval-demo", "--episodes", "2", "--modes", "async+100,flat", "--flat", str(flat), "--planner-states", "0", "--json", str(figures))
     assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
-    assert report["episodes"] == 2 and report["modes"].keys() == {"default"} and report["planner"]["right"]["count"] == 50
-    assert "planner on 50 random states" in done.stdout and "default" in done.stdout
+    report: dict[str, Any] = json.loads(figures.read_text())
+    assert report["episodes"] == 2 and report["modes"].keys() == {"async+100", "flat"} and "planner" not in report
+    assert report["modes"]["flat"]["planner_right"]["count"] == 0 and report["modes"]["async+100"]["ms_p50"] >= 100
+    assert "async+100" in done.stdout and "flat" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -73,3 +79,8 @@ def test_the_command(tmp_path: Path) -> None:
 def test_modes_that_there_are_not(modes: str, said: str) -> None:
     done = run("eval-demo", "--episodes", "1", "--modes", modes)
     assert done.returncode == 2 and done.stderr.startswith(said) and "sideways" not in MODES
+
+
+def test_checkpoints_that_are_not_there_are_told_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no checkpoint .*nothing"):
+        evaluate(1, ("default",), flat=tmp_path / "nothing")

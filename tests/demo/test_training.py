@@ -131,6 +131,7 @@ def test_all_wordings_are_trained() -> None:
     }
 
 
+@pytest.mark.timeout(400)  # four processes that import and compile; the rest of a minute on two free cores
 def test_the_whole_training_in_a_few_steps(tmp_path: Path) -> None:
     """Both packages' training code, the processes, the record; and that what comes out is served as any checkpoint."""
     done = run("train-demo", "--output", str(tmp_path / "trained"), "--effort", "0.001", "--seed", "5", timeout_s=400)

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from pi0.param_tree import BackboneDims, ExpertDims, VisionDims
+from pi0.param_tree import IMG, BackboneDims, ExpertDims, VisionDims
 from pi0.tokenizer import TokenizedPrompt
 from planner.decoder import Decoder
 from planner.export import backbone_leaves, write_params
 from planner.generator import pack
 from planner.restore import restore_from
-from planner.training import Probe, SubtaskBatch, SubtaskTrainer, subtask_loss
+from planner.training import Probe, SubtaskBatch, SubtaskTrainer, optimiser, subtask_loss
 from tests.planner.oracle import RandomParams
 
 DIMS = BackboneDims(VisionDims(20, 2, 2, 10, 36, 32, 49), ExpertDims(24, 40), 60, 2, 4, 1, 8)
@@ -79,14 +79,20 @@ def test_fused_heads_are_refused() -> None:
         backbone_leaves(params.vision, params.language, found)
 
 
-def test_it_learns_from_small_pictures_what_it_answers_on_large_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+def test_any_number_of_steps_has_a_schedule(steps: int) -> None:
+    optimiser(steps, rate=1e-3)
+
+
+@pytest.mark.parametrize("train_tower", [False, True])
+def test_it_learns_from_small_pictures_what_it_answers_on_large_ones(tmp_path: Path, train_tower: bool) -> None:
     source = RandomParams(DIMS, seed=5)
     write_params(tmp_path / "params", {name: 0.3 * source.read(name) for name in source})
     small = np.random.default_rng(1).integers(0, 256, (4, 56, 56, 3), np.uint8)
     answer = np.array([[10, 11, 1], [12, 1, 0], [13, 14, 1], [15, 1, 0]], np.int32)
     prompt = np.tile(np.array([[2, 20, 21]], np.int32), (4, 1))
     batch = SubtaskBatch(small, prompt, answer, np.full((4, 3), -1, np.int32))
-    trainer = SubtaskTrainer(tmp_path, 60, 60, rate=0.02, scale=4, classes=3, probe_weight=0.5, seed=0, averaging=0.5)
+    trainer = SubtaskTrainer(tmp_path, 60, 60, rate=0.02, scale=4, classes=3, probe_weight=0.5, seed=0, train_tower=train_tower, averaging=0.5)
     before = trainer.measure(batch)
     for _ in range(60):
         metrics = trainer.step(batch)
@@ -101,7 +107,10 @@ def test_it_learns_from_small_pictures_what_it_answers_on_large_ones(tmp_path: P
         def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
             return self[name].astype(dtype)
 
-    params, dims = restore_from(Learnt(trainer.leaves()), ALL, np.dtype(np.float32), where="what was learnt")
+    leaves = trainer.leaves()
+    same = {name for name, leaf in leaves.items() if name.startswith(IMG) and np.allclose(leaf, 0.3 * source.read(name), atol=1e-6)}
+    assert (f"{IMG}/head/kernel" in same) is not train_tower
+    params, dims = restore_from(Learnt(leaves), ALL, np.dtype(np.float32), where="what was learnt")
     large = [[np.repeat(np.repeat(image, 4, 0), 4, 1).astype(np.float32) / np.float32(127.5) - 1] for image in small]
     decoded = Decoder(params, dims)(pack([TokenizedPrompt(row, 3, False) for row in prompt], large), 5)
     np.testing.assert_array_equal(decoded.tokens[:, :3], answer)

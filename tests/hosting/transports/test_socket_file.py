@@ -130,3 +130,14 @@ def test_removing_twice_removes_once(path, monkeypatch):
         path.write_text("mine")
         file.remove()
     assert path.read_text() == "mine"
+
+
+def test_a_process_that_leaves_at_once_takes_its_files_along(path):
+    other = path.with_name("o")
+    with claimed(path), claimed(other):
+        other.unlink()
+        other.write_text("somebody else's by now")
+        socket_file.remove_all()
+        assert not path.exists() and other.exists()
+        socket_file.remove_all()
+    other.unlink()
