@@ -168,7 +168,7 @@ def train_demo(
     seed: Annotated[int, typer.Option(min=0, help="Of first values and draws.")] = 7,
     effort: Annotated[float, typer.Option(min=1e-4, help="Share of the full number of steps.")] = 1.0,
 ) -> None:
-    """Train the demo's planner, its policy and the flat baseline from nothing (about an hour on two CPU cores)."""
+    """Train the demo's planner, its policy and the flat baseline from nothing (about 75 minutes on two CPU cores)."""
     from hosting import logs
 
     logs.configure("plain")

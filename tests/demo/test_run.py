@@ -156,8 +156,9 @@ def test_timings_of_an_answer_without_a_chunk() -> None:
     assert demo.timings(call) == "planner 7 ms, server 8 ms, round trip 9 ms"
 
 
+@pytest.mark.timeout(200)
 def test_the_whole_demo() -> None:
-    done = run("demo", "--headless", "--episodes", "1", "--free-ports")
+    done = run("demo", "--headless", "--episodes", "1", "--free-ports", timeout_s=180)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1].endswith("of 1 episodes succeeded") and sum(line.startswith("  step ") for line in lines) >= 3
