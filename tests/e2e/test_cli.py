@@ -23,7 +23,9 @@ from tests.serving import EchoPolicy, RunningService, service_config, start, stu
 
 COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("serve",): ("--config", "--set"),
-    ("demo",): ("--directory", "--steps", "--exit", "--headless", "--free-ports"),
+    ("demo",): ("--checkpoints", "--episodes", "--seed", "--headless", "--free-ports", "--refresh"),
+    ("eval-demo",): ("--episodes", "--modes", "--checkpoints", "--flat", "--robots", "--planner-states", "--json"),
+    ("train-demo",): ("--output", "--seed", "--effort"),
     ("config",): (),
     ("config", "show"): ("--config", "--set", "--json"),
     ("prepare-planner-checkpoint",): ("--hf-repo", "--tar-path-in-repo", "--output-dir", "--force-download"),
