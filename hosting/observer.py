@@ -104,6 +104,10 @@ class Observers(Observer):
         for observer in self._observers:
             observer.subtask_used(age_s, waited=waited)
 
+    def subtask_done(self) -> None:
+        for observer in self._observers:
+            observer.subtask_done()
+
     def shared(self) -> None:
         for observer in self._observers:
             observer.shared()
