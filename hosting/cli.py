@@ -159,7 +159,10 @@ def eval_demo(
         json_.write_text(json.dumps(report, indent=2) + "\n")
     from rich.console import Console
 
-    Console().print(as_table(report))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has no width that a table would have to be cut to
+    console.print(as_table(report))
 
 
 @app.command()
