@@ -1,4 +1,4 @@
-"""Converts a JAX (Orbax) checkpoint to openpi's ``model.safetensors``, adapters merged, every leaf accounted for."""
+"""Writes a model in memory: openpi's ``model.safetensors``, and the vision tower as a JAX checkpoint's leaves."""
 
 from __future__ import annotations
 
@@ -13,21 +13,8 @@ from safetensors.torch import save_file
 
 from action.checkpoint import SAFETENSORS_NAME
 from action.model import Pi0Model
-from action.orbax_reader import OrbaxTensors
 from action.safetensors_reader import SIDECARS
 from pi0.param_tree import ATTENTION, BLOCK, IMG, ModelDims
-
-
-def convert_to_safetensors(orbax_dir: Path, target_dir: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """``orbax_dir`` (a checkpoint root or its ``params/``) → ``target_dir/model.safetensors`` plus the head counts, which its shapes do not tell.
-
-    The whole model is in memory once. Neither assets nor tokenizer are copied.
-
-    Raises:
-        CheckpointError: ``orbax_dir`` is not a pi0 or pi0.5 checkpoint.
-    """
-    source = OrbaxTensors(orbax_dir)
-    _write(dict(source.read(dict.fromkeys(source.shapes, dtype))), source.dims, target_dir)
 
 
 def save_model(model: Pi0Model, target_dir: Path, *, dtype: torch.dtype = torch.float32) -> None:
