@@ -1,24 +1,25 @@
 """Teaches an action policy: the losses, over the very model that serves, and the step that lowers them.
 
 :func:`flow_loss` is what a policy is for: flow matching (Beta-distributed times as in reference/model.md §6, several draws of noise and time
-per observation, as the prefix costs most). :func:`readout_loss` gives a new vision tower sight first: a handful of learnt queries read facts
-about the picture off the image tokens, which takes minutes where learning to see through actions or words takes hours. Nothing here is
-imported by a server.
+per observation, as the prefix costs most). Two losses read facts off what the model makes of its input, and are dropped afterwards:
+:func:`readout_loss`, off the image tokens, gives a new vision tower sight in minutes where learning to see through actions or words takes hours;
+:func:`prompt_loss`, off the words of the prompt, teaches the language model what they mean in the picture. Nothing here is imported by a server.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from action.gemma import Attended, Rope
+from action.gemma import Attended, Block, KeyValueBlock, Rope, modulate
 from action.model import Pi0Model, PrefixContext, StepCondition
-from action.siglip import VisionTower
+from action.siglip import VisionBlock, VisionTower
 
 
 @dataclass
@@ -59,7 +60,10 @@ def readout_loss(tokens: Tensor, readout: Readout, points: Tensor, classes: Tens
     Returns:
         the loss; ``rms``, the root of the points' mean squared error per axis; ``right``, the share of right classes.
     """
-    told_points, told_classes = readout(tokens)
+    return _facts_loss(*readout(tokens), points, classes)
+
+
+def _facts_loss(told_points: Tensor, told_classes: Tensor, points: Tensor, classes: Tensor) -> tuple[Tensor, dict[str, float]]:
     there, known = ~points.isnan(), classes >= 0
     point_loss = (told_points - points)[there].square().mean()
     loss = 10 * point_loss + F.cross_entropy(told_classes[known], classes[known])
@@ -67,24 +71,80 @@ def readout_loss(tokens: Tensor, readout: Readout, points: Tensor, classes: Tens
     return loss, {"loss": loss.item(), "rms": math.sqrt(point_loss.item()), "right": right.item()}
 
 
-def flow_loss(
-    model: Pi0Model, images: Tensor, tokens: Tensor, token_mask: Tensor, actions: Tensor, *, draws: int, generator: torch.Generator
-) -> Tensor:
-    """The mean squared error of the velocity at random points of the flow from noise to ``actions``.
+class Encoded(NamedTuple):
+    """What a model makes of observations: the ``context`` of its denoising steps, and ``words`` ``[B, L, W]``, its prompts as the last layer
+    of the language model gets them, normalised."""
+
+    context: PrefixContext
+    words: Tensor
+
+
+def encode(model: Pi0Model, images: Tensor, tokens: Tensor, token_mask: Tensor, *, horizon: int) -> Encoded:
+    """Runs the prefix.
 
     Args:
         images: uint8 ``[B, C, side, side, 3]``, every camera there.
         tokens: int ``[B, L]``; ``token_mask`` bool ``[B, L]``.
+        horizon: how many actions will follow.
+    """
+    masks = torch.ones(images.shape[:2], dtype=torch.bool)
+    state = torch.zeros(len(images), model.dims.action_dim)  # pi0.5 reads it in the prompt
+    entered: list[Tensor] = []
+    hook = model.vlm_last.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    try:
+        context = model.encode(images, masks, tokens, token_mask, state, horizon)
+    finally:
+        hook.remove()
+    return Encoded(context, modulate(entered[0][:, -tokens.shape[1] :], model.vlm_last.attention_norm.modulation()))
+
+
+class PromptReadout(nn.Module):
+    """Linear read-outs of a prompt's words, each a point and one of ``classes``, and of its end: a point, and whether something is so."""
+
+    def __init__(self, width: int, classes: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        self.word = nn.Parameter(torch.randn(width, 2 + classes, generator=generator) * width**-0.5)
+        self.end = nn.Parameter(torch.randn(width, 2 + 2, generator=generator) * width**-0.5)
+
+
+class PromptFacts(NamedTuple):
+    """What is to be read off prompts ``[B, L]``."""
+
+    points: Tensor
+    """``[B, L, 2]``, NaN at words without one"""
+    classes: Tensor
+    """``[B, L]`` int64, -1 at words without one"""
+    end: Tensor
+    """``[B]`` int64, the index of the last token"""
+    end_point: Tensor
+    """``[B, 2]``"""
+    end_class: Tensor
+    """``[B]`` int64, 0 or 1"""
+
+
+def prompt_loss(words: Tensor, readout: PromptReadout, facts: PromptFacts) -> tuple[Tensor, dict[str, float]]:
+    """As :func:`readout_loss` over the words that a fact is known of, plus the same of the prompts' ends.
+
+    Returns:
+        the loss; ``target``, the root mean squared error of the ends' points per axis; ``right``, the share of right classes of words.
+    """
+    word_loss, of_words = _facts_loss(*(words @ readout.word).tensor_split([2], dim=-1), facts.points, facts.classes)
+    ends = words[torch.arange(len(words)), facts.end] @ readout.end
+    end_loss, of_ends = _facts_loss(*ends.tensor_split([2], dim=-1), facts.end_point, facts.end_class)
+    return word_loss + end_loss, {"target": of_ends["rms"], "right": of_words["right"]}
+
+
+def flow_loss(model: Pi0Model, context: PrefixContext, actions: Tensor, *, draws: int, generator: torch.Generator) -> Tensor:
+    """The mean squared error of the velocity at random points of the flow from noise to ``actions``.
+
+    Args:
+        context: of :func:`encode`.
         actions: float32 ``[B, H, A]``, normalised.
         draws: how many noises and times each observation gets.
     """
-    batch, horizon, _ = actions.shape
-    masks = torch.ones(images.shape[:2], dtype=torch.bool)
-    state = torch.zeros(batch, actions.shape[-1])  # pi0.5 reads it in the prompt
-    context = model.encode(images, masks, tokens, token_mask, state, horizon)
-    prefix = images.shape[1] * model.dims.backbone.vision.tokens + tokens.shape[1]
+    horizon = actions.shape[1]
     cache = [
-        _Prefix(keys[:, :, :prefix].repeat_interleave(draws, 0), values[:, :, :prefix].repeat_interleave(draws, 0))
+        _Prefix(keys[:, :, :-horizon].repeat_interleave(draws, 0), values[:, :, :-horizon].repeat_interleave(draws, 0))
         for keys, values in context.cache  # type: ignore[misc, attr-defined]
     ]
     rope = Rope(*(part.repeat_interleave(draws, 0) for part in context.rope))
@@ -111,26 +171,84 @@ def _conditions(model: Pi0Model, times: Tensor) -> StepCondition:
     return StepCondition(stacked([row.gains for row in rows]), stacked([row.shifts for row in rows]), stacked([row.gates for row in rows]), None)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are made orthogonal, matrix by matrix, and scaled to the size of Adam's (Jordan et al. 2024; Liu et al. 2025).
+
+    ``torch.optim.Muon`` does the same in bfloat16, which a CPU without such instructions emulates at sixteen times the cost, and takes a
+    parameter that is several projections stacked for one matrix.
+
+    Args:
+        matrices: ``[out, in]`` parameters, each with the numbers of rows of the matrices that it is a stack of.
+    """
+
+    def __init__(self, matrices: Mapping[Tensor, Sequence[int]], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__([{"params": list(matrices)}], {"lr": lr})
+        self._rows, self._momentum, self._weight_decay = list(matrices.values()), momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        (group,) = self.param_groups
+        for parameter, rows in zip(group["params"], self._rows, strict=True):
+            if parameter.grad is None:
+                continue
+            average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+            average.lerp_(parameter.grad, 1 - self._momentum)
+            ahead = parameter.grad.lerp(average, self._momentum)  # Nesterov's
+            parameter.mul_(1 - group["lr"] * self._weight_decay)
+            for matrix, update in zip(parameter.split(rows), ahead.split(rows), strict=True):
+                matrix.add_(orthogonal(update), alpha=-group["lr"] * 0.2 * math.sqrt(max(update.shape)))
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns, whichever are fewer: Newton-Schulz steps with Muon's coefficients, which bring
+    all singular values but the tiniest to between 0.7 and 1.2 or so."""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    tall = len(x) > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
+def _block_matrices(modules: Iterable[nn.Module]) -> dict[Tensor, list[int]]:
+    """The trained matrices of all blocks, with the rows of each matrix that a parameter is a stack of."""
+    matrices: dict[Tensor, list[int]] = {}
+    for block in (part for module in modules for part in module.modules() if isinstance(part, Block | KeyValueBlock | VisionBlock)):
+        for name, view in block.slots().items():
+            parameter = view if isinstance(view, nn.Parameter) else view._base
+            if view.ndim == 2 and "norm" not in name and parameter is not None and parameter.requires_grad and not parameter.is_meta:
+                matrices.setdefault(parameter, []).append(len(view))
+    return matrices
+
+
 class Trainer:
-    """Adam with decoupled weight decay on matrices, norm 1 clipping, linear warm-up, cosine to 0, and a running average of the weights.
+    """:class:`Muon` on the blocks' matrices and Adam with decoupled weight decay on the rest; norm 1 clipping, linear warm-up, cosine to 0, and
+    a running average of the weights.
 
     Args:
         modules: what is trained; parameters that need no gradient are left alone.
         averaging: how much of the average stays at each step; less at the beginning, where the average would be of nothing.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], steps: int, *, rate: float, warm_up: int = 100, averaging: float = 0.998) -> None:
-        self._parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-        self._optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    def __init__(self, modules: Sequence[nn.Module], steps: int, *, rate: float, warm_up: int = 100, averaging: float = 0.998) -> None:
+        self._parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        matrices = _block_matrices(modules)
+        rest = [parameter for parameter in self._parameters if parameter not in matrices]
+        groups = [
+            {"params": [parameter for parameter in rest if parameter.ndim >= 2], "weight_decay": 0.01},
+            {"params": [parameter for parameter in rest if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
+        if matrices:
+            self._optimisers.append(Muon(matrices, lr=rate))
         warm_up = min(warm_up, max(1, steps // 10))
 
         def share(step: int) -> float:
             return step / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, share)
+        self._schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, share) for optimiser in self._optimisers]
         self._averages = [parameter.detach().clone() for parameter in self._parameters]
         self._averaging = averaging
         self.steps = 0
@@ -140,9 +258,10 @@ class Trainer:
         self.steps += 1
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimiser.step()
-        self._schedule.step()
-        self._optimiser.zero_grad()
+        for optimiser, schedule in zip(self._optimisers, self._schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
         keep = min(self._averaging, self.steps / (self.steps + 10))
         with torch.no_grad():
             torch._foreach_lerp_(self._averages, self._parameters, 1 - keep)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demo.instructions import DONE, PUT
-from demo.world import BIN_CENTRES, HELD, Floats, Scenes
+from demo.world import BIN_CENTRES, HELD, Bools, Floats, Scenes
 
 HORIZON: Final = 12
 SPEED: Final = 0.06
@@ -24,12 +24,8 @@ def plan(scenes: Scenes, subtasks: NDArray[np.intp]) -> Floats:
     fingers closed, or around another block, opens first. What is finished already (the block is held; nothing is held to be put) is held
     still, and so is "all done". Nothing is remembered between two chunks: a chunk that begins at the target waits one step, then grips.
     """
-    rows = np.arange(len(scenes))
-    is_pick, is_put = subtasks < PUT, (subtasks >= PUT) & (subtasks < DONE)
-    colour = np.where(is_pick, subtasks, 0)
-    target = np.where(is_pick[:, None], scenes.position[rows, colour], BIN_CENTRES[np.where(is_put, subtasks - PUT, 0)])
-    finished = np.where(is_pick, scenes.place[rows, colour] == HELD, ~(is_put & scenes.holding))
-    target = np.where(finished[:, None], scenes.gripper, target)
+    is_pick = subtasks < PUT
+    target, finished = targets(scenes, subtasks)
 
     opens_first = (is_pick & ~finished & scenes.closed).astype(np.float64)
     way = target - scenes.gripper
@@ -45,3 +41,13 @@ def plan(scenes: Scenes, subtasks: NDArray[np.intp]) -> Floats:
     grip = np.where(switched, -before, before)
     grip = np.where(finished[:, None], np.where(scenes.closed, _CLOSED, _OPEN)[:, None], grip)
     return np.concatenate([2 * position - 1, grip[..., None]], axis=-1)
+
+
+def targets(scenes: Scenes, subtasks: NDArray[np.intp]) -> tuple[Floats, Bools]:
+    """Where the gripper is to go, ``[B, 2]``, and whether there is nothing left to do, ``[B]``; then that is where it is."""
+    rows = np.arange(len(scenes))
+    is_pick, is_put = subtasks < PUT, (subtasks >= PUT) & (subtasks < DONE)
+    colour = np.where(is_pick, subtasks, 0)
+    target = np.where(is_pick[:, None], scenes.position[rows, colour], BIN_CENTRES[np.where(is_put, subtasks - PUT, 0)])
+    finished = np.where(is_pick, scenes.place[rows, colour] == HELD, ~(is_put & scenes.holding))
+    return np.where(finished[:, None], scenes.gripper, target), finished

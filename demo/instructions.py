@@ -157,11 +157,12 @@ def say(instruction: Instruction, rng: np.random.Generator) -> str:
 def random_instruction(
     rng: np.random.Generator, family: Family, rims: Sequence[int], present: Sequence[bool], *, fewest_named: int = 2
 ) -> Instruction:
-    """An instruction of ``family`` for a table with these rims and blocks; a ``seq`` one names ``fewest_named`` to 3 of them."""
+    """An instruction of ``family`` for a table with these rims and blocks; a ``seq`` one names ``fewest_named`` to 3 of them, or all there are."""
     match family:
         case "seq":
             blocks = rng.permutation(np.flatnonzero(present))
-            count = int(rng.integers(fewest_named, min(3, len(blocks)) + 1))
+            most = min(3, len(blocks))
+            count = int(rng.integers(min(fewest_named, most), most + 1))
             bins = rng.integers(len(BINS), size=count)
             return Instruction("seq", tuple(Goal(int(colour), int(bin_)) for colour, bin_ in zip(blocks[:count], bins, strict=True)))
         case "every":

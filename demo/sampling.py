@@ -13,9 +13,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from demo.expert import targets
 from demo.instructions import FAMILIES, NO_GOAL, PICK, PUT, Goal, Instruction, goal_table, next_subtask, random_instruction, say
 from demo.world import ABSENT, BIN_CENTRES, BINS, HELD, SPAWN, TABLE, Bools, Codes, Floats, Scenes, lay_out, scatter
 
+_SHARES: Final = {"seq": 0.35, "every": 0.16, "sort": 0.24, "others": 0.25}
+"""Of the instructions. The more there is to tell apart in a family, the more of it."""
+_FEWEST_NAMED: Final = {1: 0.15, 2: 0.35, 3: 0.5}
+"""How many blocks a ``seq`` instruction names at least, and how often; with three it has most to tell apart."""
 _BINNED: Final = (0.0, 0.35, 0.70, 0.95)
 """Share of a table's blocks that are in a bin; each table has one of these."""
 _HOLDING: Final = 0.375
@@ -24,6 +29,9 @@ _DROPPED: Final = 0.15
 _ANYWHERE: Final = np.array([[0.03, 0.30], [0.97, 0.97]])
 _GRIPPER_NEAR_BLOCK, _GRIPPER_NEAR_BIN, _NEAR = 0.20, 0.25, 0.05
 _CLOSED_EMPTY: Final = 0.08
+_AT_TARGET, _AT_TARGET_CLOSED, _CLOSE, _CLOSER = 0.4, 0.35, 0.08, 0.03
+"""How many grippers of the action policy's tables are where their subtask leads, as they are after a chunk that went a little wrong, how
+many of those that are to pick have closed on nothing there, and how far off they are: half of them this much, half of them less."""
 
 _ON_THE_WAY: Final = 0.65
 _NEXT_IS_HELD: Final = 0.6
@@ -84,17 +92,20 @@ def for_action(rng: np.random.Generator, count: int) -> Samples:
     pick = PICK + np.where(again, held.argmax(axis=1), _any_of(rng, present))
     puts = rng.random(count) < np.where(holding, _PUT_IF_HOLDING, _PUT_IF_EMPTY)
     subtasks = np.where(puts, PUT + rng.integers(len(BINS), size=count), pick)
-    return Samples(_scenes(rng, rims, place), [say(instruction, rng) for instruction in instructions], subtasks)
+    scenes = _scenes(rng, rims, place)
+    _approach(rng, scenes, subtasks)
+    return Samples(scenes, [say(instruction, rng) for instruction in instructions], subtasks)
 
 
 def _tasks(rng: np.random.Generator, count: int) -> tuple[Codes, Bools, list[Instruction], Codes]:
-    """Rims and blocks, with an instruction for each table and its goals; all families equally often, ``seq`` also with a single block."""
-    families = rng.integers(len(FAMILIES), size=count)
+    """Rims and blocks, with an instruction for each table and its goals."""
+    families = rng.choice(len(FAMILIES), size=count, p=[_SHARES[family] for family in FAMILIES])
+    fewest = rng.choice(list(_FEWEST_NAMED), size=count, p=list(_FEWEST_NAMED.values()))
     rims, present = lay_out(rng, count, sortable=families == FAMILIES.index("sort"))
     instructions: list[Instruction] = []
     goals: list[tuple[Goal, ...]] = []
-    for family, own_rims, own_blocks in zip(families, rims, present, strict=True):
-        instructions.append(random_instruction(rng, FAMILIES[family], own_rims, own_blocks, fewest_named=1))
+    for family, fewest_named, own_rims, own_blocks in zip(families, fewest, rims, present, strict=True):
+        instructions.append(random_instruction(rng, FAMILIES[family], own_rims, own_blocks, fewest_named=fewest_named))
         goals.append(instructions[-1].goals(own_rims, own_blocks))
     return rims, present, instructions, goal_table(goals)
 
@@ -151,6 +162,19 @@ def _gripper(rng: np.random.Generator, scenes: Scenes) -> Floats:
     block = scenes.position[np.arange(count), _any_of(rng, scenes.present)]
     spot = np.where(near_block[:, None], block, BIN_CENTRES[rng.integers(len(BINS), size=count)]) + rng.normal(0, _NEAR, (count, 2))
     return np.where((near_block | near_bin)[:, None], np.clip(spot, 0, 1), gripper)
+
+
+def _approach(rng: np.random.Generator, scenes: Scenes, subtasks: NDArray[np.intp]) -> None:
+    """Moves some of the grippers, with what they hold, close to where they are to go; some have closed there and missed."""
+    count = len(scenes)
+    target, finished = targets(scenes, subtasks)
+    there = ~finished & (rng.random(count) < _AT_TARGET)
+    off = rng.normal(0, 1, (count, 2)) * rng.choice([_CLOSE, _CLOSER], size=(count, 1))
+    scenes.gripper = np.where(there[:, None], np.clip(target + off, 0, 1), scenes.gripper)
+    missed = there & ~scenes.holding & (subtasks < PUT)
+    scenes.closed = np.where(missed, rng.random(count) < _AT_TARGET_CLOSED, scenes.closed)
+    table, colour = np.nonzero(scenes.place == HELD)
+    scenes.position[table, colour] = scenes.gripper[table]
 
 
 def _any_of(rng: np.random.Generator, choices: Bools) -> NDArray[np.intp]:

@@ -8,12 +8,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from demo.expert import plan
+from demo.expert import plan, targets
 from demo.instructions import SUBTASKS
 from demo.render import SIZE, render
 from demo.sampling import Samples, for_action, for_planner
 from demo.training.start import SCALE
-from demo.world import BINS, COLOURS, Scenes
+from demo.world import ABSENT, BINS, COLOURS, Scenes
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE
 from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT
 from pi0.tokenizer import EOS_ID, PAD_ID, PromptTokenizer
@@ -57,12 +57,21 @@ class PlannerRows:
 
 @dataclass(frozen=True)
 class ActionRows:
-    """Pictures, prompts and the expert's chunks ``[B, 12, 3]``; ``tokens`` and ``token_mask`` ``[B, L]``."""
+    """Pictures, prompts and the expert's chunks ``[B, 12, 3]``; ``tokens`` and ``token_mask`` ``[B, L]``.
+
+    What the prompts say, for :class:`action.training.PromptFacts`: where the blocks are that their colours name, ``points`` ``[B, L, 2]``
+    (NaN: none) and ``places`` ``[B, L]`` (-1: none); where the gripper is to go, ``target`` ``[B, 2]``; whether nothing is left to do,
+    ``finished`` ``[B]``.
+    """
 
     images: NDArray[np.uint8]
     tokens: NDArray[np.int32]
     token_mask: NDArray[np.bool_]
     actions: NDArray[np.float32]
+    points: NDArray[np.float32]
+    places: NDArray[np.int64]
+    target: NDArray[np.float32]
+    finished: NDArray[np.bool_]
 
 
 class Batches:
@@ -88,9 +97,8 @@ class Batches:
         samples = for_planner(self._rng, count)
         ids = [self._tokenizer.planner_prompt(text, DEFAULT_GENERATION_PROMPT_FORMAT).ids for text in samples.instructions]
         prompt = np.stack([_padded(row, PROMPT_SLOTS) for row in ids])
-        colour = self._colour_of[prompt]
-        place = np.take_along_axis(samples.scenes.place, np.maximum(colour, 0), axis=1).astype(np.int32)
-        return PlannerRows(pictures(samples.scenes), prompt, self._answers[samples.subtasks], np.where(colour >= 0, place, -1))
+        _, places = self._named(samples.scenes, prompt)
+        return PlannerRows(pictures(samples.scenes), prompt, self._answers[samples.subtasks], places.astype(np.int32))
 
     def action(self, count: int, *, with_task: bool) -> ActionRows:
         """Subtasks with the expert's chunks; ``with_task``, in the server's default prompt form, else bare."""
@@ -108,8 +116,18 @@ class Batches:
     def _action_rows(self, samples: Samples, texts: list[str], slots: int) -> ActionRows:
         scenes = samples.scenes
         prompts = [self._tokenizer.action_prompt(text, slots, state=state).padded(slots) for text, state in zip(texts, scenes.state, strict=True)]
-        tokens, masks = zip(*prompts, strict=True)
-        return ActionRows(pictures(scenes), np.stack(tokens), np.stack(masks), plan(scenes, samples.subtasks).astype(np.float32))
+        tokens, masks = (np.stack(rows) for rows in zip(*prompts, strict=True))
+        target, finished = targets(scenes, samples.subtasks)
+        actions = plan(scenes, samples.subtasks).astype(np.float32)
+        return ActionRows(pictures(scenes), tokens, masks, actions, *self._named(scenes, tokens), target.astype(np.float32), finished)
+
+    def _named(self, scenes: Scenes, tokens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Of the block that each token names, where it is ``[B, L, 2]`` (NaN: nowhere, or it names none) and its place ``[B, L]`` (-1: none)."""
+        colour = self._colour_of[tokens]
+        rows, column = np.arange(len(tokens))[:, None], np.maximum(colour, 0)
+        place = np.where(colour >= 0, scenes.place[rows, column], -1).astype(np.int64)
+        there = (colour >= 0) & (place != ABSENT)
+        return np.where(there[..., None], scenes.position[rows, column], np.nan).astype(np.float32), place
 
 
 def _padded(ids: Any, slots: int) -> NDArray[np.int32]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from demo.training.stages import BATCH, STAGES, STEPS, Stage
+from demo.training.stages import BATCH, STAGES, STEPS, THREADS, Stage
 from pi0.errors import TandemError
 
 RECORD: Final = "training.json"
@@ -119,7 +119,7 @@ class _Run:
         """Runs to its end; the last line's figures."""
         if self._display is not None and self._task is not None:
             self._display.start_task(self._task)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS[self.stage]), "JAX_PLATFORMS": "cpu"}
         root = Path(__file__).resolve().parents[2]
         last: dict[str, Any] = {}
         with (
@@ -145,7 +145,7 @@ class _Run:
 
     def _show(self, line: dict[str, Any]) -> None:
         if self._display is not None and self._task is not None:
-            metrics = "  ".join(f"{name} {value:.3g}" for name, value in line.items() if name in ("loss", "rms", "right", "held_out"))
+            metrics = "  ".join(f"{name} {value:.3g}" for name, value in line.items() if name in ("loss", "rms", "target", "right", "held_out"))
             done = {"completed": line["step"]} if "step" in line else {}
             self._display.update(self._task, metrics=metrics, **done)
 

@@ -10,9 +10,9 @@ flat    the chunk of a long instruction PyTorch the vision stage's checkpoint
 ======= =============================== ======= =============================
 
 Every stage reads and writes checkpoints in the formats that are served, through the ordinary readers. The policies leave the tower as the
-vision stage made it, and so does the planner in its first round: it is what makes the rest short. The flat policy is the baseline
-(docs/demo.md): the same model, the same start, the same number of steps and the same losses as the action policy, but told only the long
-instruction.
+vision stage made it, and so does the planner in its first round: it is what makes the rest short. The policies' language model learns what
+words mean in the picture before anything moves, which shortens the rest once more. The flat policy is the baseline (docs/demo.md): the same
+model, the same start, the same number of steps and the same losses as the action policy, but told only the long instruction.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -35,19 +34,27 @@ from demo.training.start import DIMS, SCALE, first_leaves
 from demo.training.tokenizer import train_tokenizer
 from pi0.tokenizer import TOKENIZER_FILE, PromptTokenizer
 
+if TYPE_CHECKING:
+    from action.model import PrefixContext
+
 Stage = Literal["vision", "planner", "action", "flat"]
 STAGES: Final[tuple[Stage, ...]] = ("vision", "planner", "action", "flat")
 
-STEPS: Final[dict[Stage, int]] = {"vision": 2200, "planner": 4000, "action": 3600, "flat": 3600}
-"""Optimiser steps of a full training; all but the first stage's are in two rounds (``SECOND_ROUND``)."""
+STEPS: Final[dict[Stage, int]] = {"vision": 1500, "planner": 3200, "action": 2200, "flat": 2200}
+"""Optimiser steps of a full training; all but the first stage's are in two rounds (``ROUNDS``)."""
 BATCH: Final[dict[Stage, int]] = {"vision": 96, "planner": 32, "action": 32, "flat": 32}
-RATE: Final[dict[Stage, float]] = {"vision": 2e-3, "planner": 1e-3, "action": 1e-3, "flat": 1e-3}
-SECOND_ROUND: Final[dict[Stage, float]] = {"planner": 0.2, "action": 4 / 9, "flat": 4 / 9}
-"""Which share of a stage's steps is a second round: from what the first one wrote, with fresh draws, at half the rate. The planner's tower learns
-in it, too."""
+THREADS: Final[dict[Stage, int]] = {"vision": 2, "planner": 1, "action": 1, "flat": 1}
+"""Fixed, as sums depend on them."""
+RATE: Final = 2e-3
+LAST_ROUND: Final[dict[Stage, float]] = {"planner": 0.3, "action": 0.88, "flat": 0.88}
+"""Which share of a stage's steps is the last round. The planner's vision tower learns in it, too, at half the rate; in the policies' first round
+only their language model learns, what the words mean in the picture."""
+GROUNDING_RATE: Final = 3e-3
 DRAWS: Final = 4
 """Noises and times for each observation of the flow-matching loss."""
 PROBE_WEIGHT: Final = 0.5
+GROUNDING_WEIGHT: Final = 0.3
+"""Of what is read off the prompt's words, beside the loss of the planner's answers and of the policies' actions."""
 
 _HELD_OUT_ROWS = 256
 _HELD_OUT_BATCHES = 8
@@ -78,7 +85,7 @@ def vision(directory: Path, *, steps: int, seed: int, report: Report) -> dict[st
     shrink_patches(model, SCALE)
     tower = model.vision.requires_grad_(True)
     readout = Readout(DIMS.backbone.vlm.width, QUERIES, PLACES, generator=torch.Generator().manual_seed(seed))
-    trainer = Trainer([tower, readout], steps, rate=RATE["vision"])
+    trainer = Trainer([tower, readout], steps, rate=RATE)
     batches = Batches(tokenizer, training_rng(seed))
 
     def loss(batches: Batches, rows: int) -> Any:
@@ -104,10 +111,22 @@ def vision(directory: Path, *, steps: int, seed: int, report: Report) -> dict[st
 
 def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
     """Writes ``directory/planner``, from ``directory/vision``."""
-    return _in_rounds("planner", _planner_round, directory, steps=steps, seed=seed, report=report)
+    first, last = _rounds("planner", steps)
+    between = directory / "planner-first-round"
+    _planner_round(directory / "vision", between, steps=first, rate=RATE, seed=seed, report=report)
+
+    def later(step: int, metrics: dict[str, float]) -> None:
+        report(first + step, metrics)
+
+    return _planner_round(between, directory / "planner", steps=last, rate=RATE / 2, seed=seed + 1, report=later, tower=True)
 
 
-def _planner_round(source: Path, target: Path, *, steps: int, rate: float, seed: int, report: Report, last: bool) -> dict[str, float]:
+def _rounds(stage: Stage, steps: int) -> tuple[int, int]:
+    last = max(1, round(LAST_ROUND[stage] * steps))
+    return max(1, steps - last), last
+
+
+def _planner_round(source: Path, target: Path, *, steps: int, rate: float, seed: int, report: Report, tower: bool = False) -> dict[str, float]:
     """Trains the planner in ``source`` and writes it to ``target``."""
     from planner.export import write_params
     from planner.training import SubtaskBatch, SubtaskTrainer
@@ -115,7 +134,7 @@ def _planner_round(source: Path, target: Path, *, steps: int, rate: float, seed:
     target.mkdir()
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
-    options = {"scale": SCALE, "classes": PLACES, "probe_weight": PROBE_WEIGHT, "seed": seed, "train_tower": last}
+    options = {"scale": SCALE, "classes": PLACES, "probe_weight": PROBE_WEIGHT, "seed": seed, "train_tower": tower}
     trainer = SubtaskTrainer(source, tokenizer.vocab_size, steps, rate=rate, **options)
 
     def drawn(batches: Batches, rows: int) -> SubtaskBatch:
@@ -132,44 +151,18 @@ def _planner_round(source: Path, target: Path, *, steps: int, rate: float, seed:
     return _mean(final)
 
 
-def _in_rounds(stage: Stage, run: Callable[..., dict[str, float]], directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
-    second = max(1, round(SECOND_ROUND[stage] * steps))
-    first = max(1, steps - second)
-    between = directory / f"{stage}-first-round"
-    run(directory / "vision", between, steps=first, rate=RATE[stage], seed=seed, report=report, last=False)
-
-    def later(step: int, metrics: dict[str, float]) -> None:
-        report(first + step, metrics)
-
-    return run(between, directory / stage, steps=second, rate=RATE[stage] / 2, seed=seed + 1, report=later, last=True)
-
-
-def _act(
+def _policy(
     stage: Stage, draw: Callable[[Batches, int, int], ActionRows], directory: Path, *, steps: int, seed: int, report: Report
 ) -> dict[str, float]:
-    return _in_rounds(stage, partial(_action_round, stage, draw), directory, steps=steps, seed=seed, report=report)
-
-
-def _action_round(
-    stage: Stage,
-    draw: Callable[[Batches, int, int], ActionRows],
-    source: Path,
-    target: Path,
-    *,
-    steps: int,
-    rate: float,
-    seed: int,
-    report: Report,
-    last: bool,
-) -> dict[str, float]:
-    """Trains the policy in ``source`` and writes it to ``target``."""
+    """Trains the policy in ``directory/vision``, with rows of ``draw`` (batches, rows, step), and writes it to ``directory/stage``."""
     import torch
 
     from action.checkpoint import load_model
     from action.export import save_model
-    from action.training import Trainer, flow_loss, grow_patches, shrink_patches
+    from action.training import Encoded, PromptFacts, PromptReadout, Trainer, encode, flow_loss, grow_patches, prompt_loss, shrink_patches
 
     torch.set_num_threads(1)
+    source, target = directory / "vision", directory / stage
     target.mkdir()
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     tokenizer = PromptTokenizer(target / TOKENIZER_FILE)
@@ -178,23 +171,45 @@ def _action_round(
     model.requires_grad_(True)
     model.vision.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    trainer = Trainer([model], steps, rate=rate)
+    readout = PromptReadout(DIMS.backbone.vlm.width, PLACES, generator=generator)
     batches = Batches(tokenizer, training_rng(seed))
 
-    def loss(batches: Batches, rows: int, step: int, generator: torch.Generator) -> torch.Tensor:
-        drawn = draw(batches, rows, step)
-        arrays = (drawn.images[:, None], drawn.tokens, drawn.token_mask, drawn.actions)
-        return flow_loss(model, *map(torch.from_numpy, arrays), draws=DRAWS, generator=generator)
+    def encoded(rows: ActionRows) -> Encoded:
+        images, *prompt = map(torch.from_numpy, (rows.images[:, None], rows.tokens, rows.token_mask))
+        return encode(model, images, *prompt, horizon=rows.actions.shape[1])
 
-    for step in range(1, steps + 1):
-        value = loss(batches, BATCH[stage], step, generator)
-        trainer.step(value)
-        report(step, {"loss": value.item()})
+    def grounding_loss(rows: ActionRows, words: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        facts = (rows.points, rows.places, rows.token_mask.sum(axis=1) - 1, rows.target, rows.finished.astype(np.int64))
+        return prompt_loss(words, readout, PromptFacts(*map(torch.from_numpy, facts)))
+
+    def moving_loss(rows: ActionRows, context: PrefixContext, generator: torch.Generator) -> torch.Tensor:
+        return flow_loss(model, context, torch.from_numpy(rows.actions), draws=DRAWS, generator=generator)
+
+    first, last = _rounds(stage, steps)
+    trainer = Trainer([model.embedding, model.vlm_blocks, model.vlm_last.attention_norm, readout], first, rate=GROUNDING_RATE)
+    for step in range(1, first + 1):
+        rows = draw(batches, BATCH[stage], step)
+        loss, metrics = grounding_loss(rows, encoded(rows).words)
+        trainer.step(loss)
+        report(step, metrics)
+    trainer.take_averages()
+    trainer = Trainer([model, readout], last, rate=RATE)
+    for step in range(first + 1, first + last + 1):
+        rows = draw(batches, BATCH[stage], step)
+        observed = encoded(rows)
+        loss = moving_loss(rows, observed.context, generator)
+        aside, metrics = grounding_loss(rows, observed.words)
+        trainer.step(loss + GROUNDING_WEIGHT * aside)
+        report(step, {"loss": loss.item(), **metrics})
     trainer.take_averages()
     model.requires_grad_(False)
     held_out, fixed = Batches(tokenizer, held_out_rng(seed)), torch.Generator().manual_seed(seed + 1)
+    final = []
     with torch.inference_mode():
-        final = [{"loss": loss(held_out, _HELD_OUT_ROWS, step, fixed).item()} for step in range(_held_out_batches(steps))]
+        for step in range(_held_out_batches(steps)):
+            rows = draw(held_out, _HELD_OUT_ROWS, step)
+            observed = encoded(rows)
+            final.append({"loss": moving_loss(rows, observed.context, fixed).item(), **grounding_loss(rows, observed.words)[1]})
     grow_patches(model, SCALE)
     save_model(model, target, dtype=torch.bfloat16)
     return _mean(final)
@@ -210,13 +225,17 @@ def _mean(measured: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def action(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
-    """Writes ``directory/action``, from ``directory/vision``: bare subtasks and the server's default prompt form in turn."""
-    return _act("action", lambda batches, rows, step: batches.action(rows, with_task=step % 2 == 0), directory, steps=steps, seed=seed, report=report)
+    """Writes ``directory/action``, from ``directory/vision``: bare subtasks, and twice as often the server's default prompt form."""
+
+    def drawn(batches: Batches, rows: int, step: int) -> ActionRows:
+        return batches.action(rows, with_task=step % 3 != 0)
+
+    return _policy("action", drawn, directory, steps=steps, seed=seed, report=report)
 
 
 def flat(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
     """Writes ``directory/flat``, from ``directory/vision``: long instructions, the chunk of what is due."""
-    return _act("flat", lambda batches, rows, step: batches.flat(rows), directory, steps=steps, seed=seed, report=report)
+    return _policy("flat", lambda batches, rows, step: batches.flat(rows), directory, steps=steps, seed=seed, report=report)
 
 
 def main() -> None:
@@ -236,8 +255,8 @@ def main() -> None:
 
 
 def _keep_to_one_core(stage: str) -> None:
-    """Two stages run side by side, and threads that wait for a core of the other's spin; one core each is also what makes a training repeatable."""
-    if hasattr(os, "sched_setaffinity"):  # Linux
+    """All but the first stage run side by side, and threads that wait for a core of the other's spin."""
+    if stage != "vision" and hasattr(os, "sched_setaffinity"):  # Linux
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[0] if stage == "planner" else cores[-1]})
 

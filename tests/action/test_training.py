@@ -10,9 +10,24 @@ import torch
 
 from action.checkpoint import load_model
 from action.export import save_model, tower_leaves
+from action.model import Pi0Model
 from action.plain import PlainModel
 from action.sampler import FlowSampler, ModelInput
-from action.training import Readout, Trainer, flow_loss, grow_patches, readout_loss, shrink_patches
+from action.training import (
+    Encoded,
+    Muon,
+    PromptFacts,
+    PromptReadout,
+    Readout,
+    Trainer,
+    encode,
+    flow_loss,
+    grow_patches,
+    orthogonal,
+    prompt_loss,
+    readout_loss,
+    shrink_patches,
+)
 from pi0.param_tree import IMG, BackboneDims, ExpertDims, ModelDims, VisionDims
 from tests.action.synthetic import CPU, PI05_CHECKPOINTS, head_counts, random_weights, write_safetensors
 
@@ -37,10 +52,24 @@ def batch(rows: int, side: int = 224) -> tuple[torch.Tensor, torch.Tensor, torch
     return images, tokens, mask, torch.from_numpy(rng.uniform(-1, 1, (rows, 5, 7)).astype(np.float32))
 
 
+def encoded(model: Pi0Model, rows: int) -> Encoded:
+    images, tokens, mask, actions = batch(rows)
+    return encode(model, images, tokens, mask, horizon=actions.shape[1])
+
+
+def facts(rows: int) -> PromptFacts:
+    """Of the prompts of :func:`batch`: one word of each row is known, half of them have a point."""
+    points, classes = torch.full((rows, 6, 2), torch.nan), torch.full((rows, 6), -1)
+    points[::2, 1], classes[:, 1] = torch.tensor([0.25, 0.75]), 2
+    ends = batch(rows)[2].sum(1) - 1
+    return PromptFacts(points, classes, ends, torch.full((rows, 2), 0.5), torch.arange(rows) % 2)
+
+
 def test_the_loss_is_that_of_the_plain_formulas(checkpoint: Path) -> None:
     images, tokens, mask, actions = batch(2)
     model = load_model(checkpoint, dtype=torch.float32, device=CPU)
-    loss = flow_loss(model, images, tokens, mask, actions, draws=3, generator=torch.Generator().manual_seed(4))
+    context = encode(model, images, tokens, mask, horizon=5).context
+    loss = flow_loss(model, context, actions, draws=3, generator=torch.Generator().manual_seed(4))
 
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn((6, 5, 7), generator=generator)
@@ -64,8 +93,84 @@ def test_the_loss_is_that_of_the_plain_formulas(checkpoint: Path) -> None:
 
 def test_every_weight_that_is_read_gets_a_gradient(checkpoint: Path) -> None:
     model = load_model(checkpoint, dtype=torch.float32, device=CPU).requires_grad_(True)
-    flow_loss(model, *batch(2), draws=2, generator=torch.Generator().manual_seed(0)).backward()
+    flow_loss(model, encoded(model, 2).context, batch(2)[3], draws=2, generator=torch.Generator().manual_seed(0)).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
+
+
+def test_what_is_read_off_a_prompt_is_what_the_last_layer_is_given(checkpoint: Path) -> None:
+    model = load_model(checkpoint, dtype=torch.float32, device=CPU)
+    words, context = encoded(model, 2).words, encoded(model, 2).context
+    values = model.vlm_last.kv(words).chunk(2, dim=-1)[1].detach()
+    stored = context.cache[-1].values[:, :, -5 - 6 : -5]  # which no rotation changes  # type: ignore[attr-defined]
+    torch.testing.assert_close(stored[:, 0], values, rtol=1e-5, atol=1e-5)
+    assert not model.vlm_last._forward_pre_hooks
+
+
+def test_reading_off_a_prompt_counts_only_what_is_known(checkpoint: Path) -> None:
+    model = load_model(checkpoint, dtype=torch.float32, device=CPU)
+    words = encoded(model, 2).words.detach()
+    readout = PromptReadout(words.shape[-1], 4, generator=torch.Generator().manual_seed(0))
+    told, ends = words @ readout.word, words[torch.arange(2), facts(2).end] @ readout.end
+    loss, metrics = prompt_loss(words, readout, facts(2))
+    point = (told[0, 1, :2] - torch.tensor([0.25, 0.75])).square().mean()
+    target = (ends[:, :2] - 0.5).square().mean()
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = 10 * (point + target) + cross_entropy(told[:, 1, 2:], torch.tensor([2, 2])) + cross_entropy(ends[:, 2:], torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["target"] == pytest.approx(target.sqrt().item(), rel=1e-5)
+    assert metrics["right"] == (told[:, 1, 2:].argmax(-1) == 2).float().mean()
+
+
+def test_a_language_model_learns_what_words_mean_before_anything_moves(checkpoint: Path) -> None:
+    model = load_model(checkpoint, dtype=torch.float32, device=CPU).requires_grad_(True)
+    model.vision.requires_grad_(False)
+    expert = model.expert_blocks[0].qkv.weight.clone()
+    readout = PromptReadout(DIMS.backbone.vlm.width, 4, generator=torch.Generator().manual_seed(0))
+    trainer = Trainer([model.embedding, model.vlm_blocks, model.vlm_last.attention_norm, readout], 40, rate=1e-2)
+    losses = []
+    for _ in range(40):
+        loss, _ = prompt_loss(encoded(model, 2).words, readout, facts(2))
+        trainer.step(loss)
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert torch.equal(model.expert_blocks[0].qkv.weight, expert)
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (9, 31), (31, 9)])
+def test_updates_are_made_orthogonal(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 1e-3
+    update = orthogonal(matrix)
+    assert update.shape == matrix.shape
+    spread = torch.linalg.svdvals(update)
+    assert spread.min() > 0.6 and spread.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(update.flatten(), (left @ right).flatten(), dim=0) > 0.97
+
+
+def test_stacked_projections_are_updated_one_by_one() -> None:
+    stacked, alone = torch.nn.Parameter(torch.zeros(12, 8)), [torch.nn.Parameter(torch.zeros(rows, 8)) for rows in (8, 4)]
+    gradient = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    stacked.grad, alone[0].grad, alone[1].grad = gradient, gradient[:8], gradient[8:]
+    for matrices in ({stacked: [8, 4]}, {alone[0]: [8], alone[1]: [4]}):
+        Muon(matrices, lr=0.1).step()
+    torch.testing.assert_close(stacked.detach(), torch.cat([part.detach() for part in alone]))
+    assert stacked.abs().max() > 0
+
+
+def test_blocks_matrices_get_orthogonal_updates_and_the_rest_adams(checkpoint: Path) -> None:
+    model = load_model(checkpoint, dtype=torch.float32, device=CPU).requires_grad_(True)
+    trainer = Trainer([model], 4, rate=1e-3)
+    adam, muon = trainer._optimisers
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    of_muon = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
+    of_adam = {names[parameter] for group in adam.param_groups for parameter in group["params"]}
+    assert of_muon | of_adam == set(names.values()) and not of_muon & of_adam
+    assert {"vlm_blocks.0.qkv.weight", "vlm_last.kv.weight", "expert_blocks.2.gate_up.weight", "vision.blocks.1.fc2.weight"} <= of_muon
+    assert {"embedding.weight", "action_in.weight", "expert_blocks.0.attention_norm.dense.weight"} <= of_adam
+    assert isinstance(muon, Muon)
+    rows = dict(zip((names[parameter] for parameter in muon.param_groups[0]["params"]), muon._rows, strict=True))
+    assert rows["vlm_blocks.0.qkv.weight"] == [40, 10, 10] and rows["vlm_last.kv.weight"] == [10, 10]
+    assert rows["expert_blocks.0.gate_up.weight"] == [30, 30] and rows["expert_blocks.0.down.weight"] == [26]
 
 
 def test_times_are_the_references_law() -> None:
@@ -121,7 +226,7 @@ def test_a_policy_learns(checkpoint: Path) -> None:
     trainer = Trainer([model], 60, rate=5e-3, averaging=0.5)
     losses = []
     for _ in range(60):
-        loss = flow_loss(model, *batch(1), draws=8, generator=generator)
+        loss = flow_loss(model, encoded(model, 1).context, batch(1)[3], draws=8, generator=generator)
         trainer.step(loss)
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
@@ -150,6 +255,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
     trainer = Trainer([layer], 40, rate=1.0, warm_up=4)
     rates = []
     for _ in range(40):
-        rates.append(trainer._schedule.get_last_lr()[0])
+        rates.append(trainer._schedules[0].get_last_lr()[0])
         trainer.step(layer(torch.ones(1, 2)).sum())
     assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0]) and rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.01

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from demo.expert import HORIZON
+from demo.expert import HORIZON, targets
 from demo.instructions import FAMILIES, SUBTASKS, WORDINGS, Instruction, random_instruction, say, sentence
-from demo.sampling import for_planner, training_rng
+from demo.sampling import for_action, for_planner, training_rng
 from demo.training.batches import ANSWER_SLOTS, PLACES, QUERIES, Batches, pictures, readout_targets
 from demo.training.run import TrainingError, train_demo
 from demo.training.start import DIMS, first_leaves
 from demo.training.tokenizer import VOCABULARY, train_tokenizer
-from demo.world import COLOURS, lay_out
+from demo.world import ABSENT, COLOURS, lay_out
 from pi0.param_tree import LLM, model_shapes
 from pi0.tokenizer import EOS_ID, TOKENIZER_FILE, PromptTokenizer
 from tests.e2e.process import run
@@ -90,6 +90,23 @@ def test_action_batches_of_both_prompt_forms(batches: Batches, tokenizer: Prompt
         texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(rows.tokens, rows.token_mask, strict=True)]
         assert all((". Subtask: " in text) == with_task for text in texts)
         assert all(any(subtask in text for subtask in SUBTASKS[:-1]) for text in texts)
+
+
+def test_what_is_to_be_read_off_an_action_prompt(tokenizer: PromptTokenizer) -> None:
+    samples = for_action(training_rng(8), 32)  # the same stream
+    rows = Batches(tokenizer, training_rng(8)).action(32, with_task=True)
+    target, finished = targets(samples.scenes, samples.subtasks)
+    np.testing.assert_allclose(rows.target, target, rtol=1e-6)
+    assert rows.finished.tolist() == finished.tolist() and 0 < finished.sum() < 32
+    colour_of = {tokenizer.encode(f" {colour}")[0]: number for number, colour in enumerate(COLOURS)}
+    for row, (tokens, points, places) in enumerate(zip(rows.tokens, rows.points, rows.places, strict=True)):
+        for token, point, place in zip(tokens, points, places, strict=True):
+            number = colour_of.get(int(token))
+            assert place == (-1 if number is None else samples.scenes.place[row, number])
+            if number is None or place == ABSENT:
+                assert np.isnan(point).all()
+            else:
+                np.testing.assert_allclose(point, samples.scenes.position[row, number], rtol=1e-6)
 
 
 def test_the_flat_baseline_is_told_only_the_instruction(batches: Batches, tokenizer: PromptTokenizer) -> None:
