@@ -32,7 +32,7 @@ test-hud: .venv-hud/.ok test
 bench: $(VENV) .venv-openpi-client/.ok
 	.venv/bin/python -m benchmarks.overhead
 	.venv/bin/python -m benchmarks.keepalive
-	.venv/bin/python -m benchmarks.planner
+	.venv/bin/python -m benchmarks.planner_decode
 	.venv/bin/python -m benchmarks.side_by_side
 	.venv/bin/python -m benchmarks.demo
 	.venv/bin/python -m benchmarks.transports

@@ -36,7 +36,7 @@ class Modulation(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of the rotary embedding, float32 ``[B, T, 1, H/2]``."""
+    """Cosines of the rotary embedding and its sines, negative in the first half, float32 ``[B, T, 1, H]``."""
 
     cos: Tensor
     sin: Tensor
@@ -65,8 +65,9 @@ class LayerCache(NamedTuple):
     def append(self, k: Tensor, v: Tensor) -> Attended:
         """Writes ``k`` and ``v`` ``[B, T, K, H]`` to the last T positions."""
         tokens = k.shape[1]
-        self.keys[:, :, -tokens:] = k.transpose(1, 2)
-        self.values[:, :, -tokens:] = v.transpose(1, 2)
+        first = self.keys.shape[2] - tokens
+        self.keys.narrow(2, first, tokens).copy_(k.transpose(1, 2))
+        self.values.narrow(2, first, tokens).copy_(v.transpose(1, 2))
         return Attended(self.keys, self.values)
 
 
@@ -74,25 +75,31 @@ def rope(positions: Tensor, head_dim: int) -> Rope:
     """Rotary tables of integer ``positions`` ``[B, T]`` (half-split layout, reference/model.md §4.6)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = (positions[..., None] / ROPE_MAX_WAVELENGTH**exponents)[:, :, None, :]
-    return Rope(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rope(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotates the heads ``x`` ``[B, T, heads, H]`` in float32 and returns them in their own dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin], dim=-1).to(x.dtype)
+    x32 = x.float()
+    return torch.addcmul(x32 * rope.cos, x32.roll(x.shape[-1] // 2, -1), rope.sin).to(x.dtype)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Grouped attention of ``q`` ``[B, T, N, H]`` over ``keys`` and ``values`` ``[B, K, S, H]`` → ``[B, T, N·H]``.
 
-    ``mask`` is boolean ``[B, 1, rows, S]`` with one row for all queries or, as :func:`fold_rows` makes it, one per folded query.
+    ``mask`` ``[B, 1, rows, S]``, of :func:`attention_mask`, has one row for all queries or, as :func:`fold_rows` makes it, one per folded query.
     """
     tokens, groups = q.shape[1], q.shape[2] // keys.shape[1]
     folded = q.unflatten(2, (keys.shape[1], groups)).transpose(1, 2).flatten(2, 3)
     attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
     unfolded: Tensor = attended.unflatten(2, (tokens, groups)).transpose(1, 2).flatten(2)
     return unfolded
+
+
+def attention_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores, 0 where ``visible``, else -inf. SDPA would make it of a boolean mask in every layer and step."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
 def fold_rows(mask: Tensor, heads: HeadDims) -> Tensor:
@@ -102,9 +109,10 @@ def fold_rows(mask: Tensor, heads: HeadDims) -> Tensor:
 
 def modulate(x: Tensor, modulation: Modulation) -> Tensor:
     """RMSNorm of ``x`` ``[B, T, D]`` in float32, returned in the dtype of ``x`` (reference/model.md §4.2, §4.3)."""
-    x32 = x.float()
-    y = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + RMS_EPSILON) * modulation.gain
-    return (y if modulation.shift is None else y + modulation.shift).to(x.dtype)
+    normalised = F.rms_norm(x.float(), x.shape[-1:], eps=RMS_EPSILON)
+    if modulation.shift is None:
+        return (normalised * modulation.gain).to(x.dtype)
+    return torch.addcmul(modulation.shift, normalised, modulation.gain).to(x.dtype)
 
 
 def _residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -15,7 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from action.gemma import Block, Cache, HeadDims, KeyValueBlock, LayerCache, Modulation, Rope, fold_rows, modulate, rms_norm, rope
+from action.gemma import (
+    Block,
+    Cache,
+    HeadDims,
+    KeyValueBlock,
+    LayerCache,
+    Modulation,
+    Rope,
+    attention_mask,
+    fold_rows,
+    modulate,
+    rms_norm,
+    rope,
+)
 from action.siglip import VisionTower
 from pi0.param_tree import ExpertDims, ModelDims, Shape
 
@@ -28,7 +41,7 @@ class PrefixContext(NamedTuple):
     """What stays the same over the denoising steps of one batch.
 
     ``cache`` holds the prefix and has room for the suffix, which every step overwrites. ``state_token`` ``[B, 1, E]`` is None
-    for pi0.5. ``mask`` ``[B, 1, rows, S]`` says which keys a suffix query sees.
+    for pi0.5. ``mask`` ``[B, 1, rows, S]`` (:func:`action.gemma.attention_mask`) says which keys a suffix query sees.
     """
 
     cache: Sequence[Cache]
@@ -44,10 +57,16 @@ class StepCondition(NamedTuple):
     gates, but the time's part of its action MLP ``action_time`` float32 ``[D]``.
     """
 
-    gains: Tensor
-    shifts: Tensor | None
-    gates: Tensor | None
+    gains: Tensor | Sequence[Tensor]
+    shifts: Tensor | Sequence[Tensor] | None
+    gates: Tensor | Sequence[Tensor] | None
     action_time: Tensor | None
+
+    def unbound(self) -> StepCondition:
+        """The same as rows that are taken apart already, for eager code: each view is made once, not in every step."""
+        gains, shifts, gates = (part.unbind() if isinstance(part, Tensor) else part for part in self[:3])
+        assert gains is not None
+        return StepCondition(gains, shifts, gates, self.action_time)
 
     def modulation(self, row: int) -> Modulation:
         return Modulation(
@@ -118,7 +137,7 @@ class Pi0Model(nn.Module):
         suffix = horizon if self.state is None else 1 + horizon
         cache = [LayerCache(*self._empty_cache(batch, prefix + suffix)) for _ in range(self.dims.backbone.depth)]
         # Queries at padding see the valid keys too: nothing reads what they give, and no softmax runs over an empty row.
-        mask = valid[:, None, None, :]
+        mask = attention_mask(valid[:, None, None, :], self.dtype)
         table = rope(valid.cumsum(dim=1) - 1, self.heads.dim)
         *lower, last = (LayerCache(keys[:, :, :prefix], values[:, :, :prefix]) for keys, values in cache)
         for block, layer in zip(self.vlm_blocks, lower, strict=True):
@@ -128,7 +147,7 @@ class Pi0Model(nn.Module):
         return PrefixContext(
             cache=cache,
             rope=rope(positions, self.heads.dim),
-            mask=self._suffix_mask(valid, suffix),
+            mask=attention_mask(self._suffix_mask(valid, suffix), self.dtype),
             state_token=None if self.state is None else self.state(state)[:, None],
         )
 

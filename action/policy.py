@@ -199,7 +199,7 @@ class ActionPolicy:
         example = self._processor.prepare(self.example_observation(np.random.default_rng(0)))
         ids = example.prompt.ids
         largest = _program_rows(min(max_batch, MAX_BATCH)) if self._compiled else 1
-        lengths = self._processor.buckets if self._compiled else (self._processor.bucket(len(ids)),)
+        lengths = self._processor.buckets if self._compiled else (len(ids),)
         for rows, length in product([2**power for power in range(largest.bit_length())], lengths):
             start = time.perf_counter()
             cut = dataclasses.replace(example, prompt=dataclasses.replace(example.prompt, ids=ids[:length]))
@@ -213,7 +213,9 @@ class ActionPolicy:
         count = len(prepared)
         if self._compiled and (fill := _program_rows(count) - count):
             prepared, noise = [*prepared, *[prepared[-1]] * fill], np.concatenate([noise, np.repeat(noise[-1:], fill, axis=0)])
-        length = self._processor.bucket(max(len(row.prompt.ids) for row in prepared))
+        length = max(len(row.prompt.ids) for row in prepared)
+        if self._compiled:
+            length = self._processor.bucket(length)
         return self._sampler.sample(_model_input(prepared, length), noise)[:count]
 
     def _prepare(self, observation: Observation, row: int, count: int) -> PreparedObservation:

@@ -25,7 +25,7 @@ from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 from pi0.tokenizer import OnLongPrompt, PromptTokenizer, TokenizedPrompt
 
 PROMPT_BUCKETS = (16, 48, 112, 200)
-"""Text lengths that the model is run at. A prompt is padded to the first that holds it, not always to the longest: padded tokens are
+"""Text lengths that a compiled model is run at. A prompt is padded to the first that holds it, not always to the longest: padded tokens are
 masked and positions count valid tokens, so the result is the same and the prefix shorter."""
 
 

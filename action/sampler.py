@@ -68,7 +68,8 @@ class FlowSampler:
             raise ValueError(f"compile_mode is {compile_mode!r}, expected None or one of {', '.join(COMPILE_MODES)}")
         self._model = model
         with torch.inference_mode():
-            self._conditions = model.condition(torch.from_numpy(flow_times(num_steps)))
+            conditions = model.condition(torch.from_numpy(flow_times(num_steps)))
+        self._conditions = conditions if compile_mode is not None else [condition.unbound() for condition in conditions]
         self._step_size = -1.0 / num_steps
         self._compiled = compile_mode is not None
         self._encode = _compile(model.encode, compile_mode)
@@ -92,7 +93,7 @@ class FlowSampler:
         return actions
 
     def _euler_step(self, x_t: Tensor, context: PrefixContext, condition: StepCondition) -> Tensor:
-        return x_t + self._step_size * self._model.velocity(x_t, context, condition)
+        return torch.add(x_t, self._model.velocity(x_t, context, condition), alpha=self._step_size)
 
     def _on_device(self, inputs: ModelInput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         images, masks = np.asarray(inputs.images), np.asarray(inputs.image_masks)

@@ -46,6 +46,7 @@ def demo_config(checkpoints: Path = CHECKPOINTS, *, free_ports: bool = False, pa
         planner=PlannerConfig(
             checkpoint_dir=str(checkpoints / "planner"),
             done_subtasks=(ALL_DONE,),
+            cameras=1,  # the table has one; programs for more would take half of the time until the robot moves
             scheduler=PlannerSchedulerConfig(max_batch=min(rows, 8)),
             **planner,
         ),

@@ -23,7 +23,7 @@ from hosting.policy import (
     SupersededError,
     UnavailableError,
 )
-from hosting.routing import ActionCalls, PlannerCalls, RequestMode, report_decode_steps, request_mode, run, without_mode
+from hosting.routing import ActionCalls, PlannerCalls, RequestMode, report_work, request_mode, run, without_mode
 from hosting.templates import DEFAULT_ACTION_PROMPT_TEMPLATE, LiveSettings, PromptSettings, parse_action_prompt_template
 from pi0.prompt import SEND_OR_SET_DEFAULT, prompt_text
 
@@ -57,6 +57,8 @@ class CombinedPolicy:
     ``template_revision`` the one revision of the prompt settings that both prompts were made with
     ``error``             only where the planner's last answer failed to come: why
     ``task``              only where it is not the request's: the task that was acted on, since its own has no subtask yet
+    ``kept``              only where the planner was not sure enough (``min_confidence``): what it said, and its ``confidence``; ``text`` is then
+                          what it said before
     ``done``              only with ``done_subtasks``: whether it is one of them. Then the action policy is not asked, and in every mode the reply is
                           ``{"subtask": …}``
     ===================== ===================================================================================================
@@ -71,6 +73,8 @@ class CombinedPolicy:
             request. A request that is wrong (no camera, prompt too long) fails either way.
         cadence: when a session's subtask is planned anew. A request without a session plans its own.
         timeout_s: how long the planner is waited for; None: for ever. Being late is a failure of the planner.
+        min_confidence: a subtask that the planner is less sure of does not take the place of the session's current one; where there is none
+            for the task, it is used all the same. None: it always does.
         done_subtasks: what the planner says when nothing is left to do (:class:`~hosting.done_subtasks.DoneSubtasks`).
         clock: what ``Origin.arrived_s`` is a reading of, in seconds.
         observer: is told of every subtask.
@@ -89,6 +93,7 @@ class CombinedPolicy:
         on_failure: OnFailure = "use_task",
         cadence: Cadence = _EVERY_REQUEST,
         timeout_s: float | None = None,
+        min_confidence: float | None = None,
         done_subtasks: Sequence[str] = (),
         clock: Callable[[], float] = time.perf_counter,
         observer: Observer | None = None,
@@ -102,6 +107,7 @@ class CombinedPolicy:
         self._on_failure = on_failure
         self._cadence = cadence
         self._timeout_s = timeout_s
+        self._min_confidence = min_confidence
         self._done = DoneSubtasks(done_subtasks)
         self._clock = clock
         self._observer = observer or Observer()
@@ -163,14 +169,16 @@ class CombinedPolicy:
         reply = yield self._act({**observation, "prompt": self._prompt(plan, settings)}, **sampling)
         return {**reply, "subtask": subtask}
 
-    def _call(self, basis: Basis, observation: Observation) -> SlotCall:
+    def _call(self, memory: SessionPlan, basis: Basis, observation: Observation) -> SlotCall:
         overrides: dict[str, Any] = {}
         if basis.settings is not None:
             overrides = {
                 "generation_prompt_format": basis.settings.generation_prompt_format,
                 "max_generation_tokens": basis.settings.max_generation_tokens,
             }
-        return self._ask({**observation, "prompt": basis.task}, timeout_s=self._timeout_s, **overrides)
+        before = memory.current
+        previous = before.subtask["text"] if before is not None and before.basis.task == basis.task else None
+        return self._ask({**observation, "prompt": basis.task}, previous=previous, timeout_s=self._timeout_s, **overrides)
 
     def _planned(
         self, memory: SessionPlan, basis: Basis, observation: Observation, *, use_task: bool
@@ -178,7 +186,7 @@ class CombinedPolicy:
         """A plan from this very observation."""
         memory.refreshed_s = started_s = self._clock()
         try:
-            subtask = _subtask_of((yield self._call(basis, observation)))
+            subtask = _subtask_of((yield self._call(memory, basis, observation)))
             if isinstance(subtask, PlannerError):
                 raise subtask
         except (RequestError, UnavailableError):
@@ -189,14 +197,23 @@ class CombinedPolicy:
             text = client_text(error, slot="planner")
             memory.failed(basis, text)
             return memory.fallback(basis, {"text": "", "ms": (self._clock() - started_s) * 1e3, "error": text})
-        report_decode_steps(self._observer, subtask)
-        return memory.planned(basis, subtask)
+        report_work(self._observer, subtask)
+        return memory.planned(basis, self._settled(memory, basis, subtask))
+
+    def _settled(self, memory: SessionPlan, basis: Basis, subtask: dict[str, Any]) -> dict[str, Any]:
+        """What becomes of the planner's answer: it, or, where the planner is not sure enough, what it said before about the same task."""
+        confidence, before = subtask.get("confidence"), memory.current
+        if self._min_confidence is None or confidence is None or confidence >= self._min_confidence:
+            return subtask
+        if before is None or before.basis.task != basis.task or before.subtask["text"] == subtask["text"]:
+            return subtask
+        return {**subtask, "text": before.subtask["text"], "kept": {"text": subtask["text"], "confidence": confidence}}
 
     def _refresh(self, memory: SessionPlan, basis: Basis, observation: Observation) -> Background:
         """The same beside the request, for those that follow."""
         memory.refreshed_s = self._clock()
         memory.refresh = refresh = Refresh()
-        return Background(self._call(basis, observation), refresh.begin, partial(self._refreshed, memory, refresh, basis))
+        return Background(self._call(memory, basis, observation), refresh.begin, partial(self._refreshed, memory, refresh, basis))
 
     def _refreshed(self, memory: SessionPlan, refresh: Refresh, basis: Basis, outcome: Reply | BaseException) -> None:
         memory.ended(refresh)
@@ -210,10 +227,10 @@ class CombinedPolicy:
             case BaseException():
                 pass  # cancelled: the slot is being closed
             case _:
-                report_decode_steps(self._observer, answer)
+                report_work(self._observer, answer)
                 taken = memory.takes(basis)
                 if taken:
-                    memory.planned(basis, answer)
+                    memory.planned(basis, self._settled(memory, basis, answer))
                 self._observer.refreshed("ok" if taken else "stale")
 
     def _reported(self, plan: Plan, memory: SessionPlan, settings: PromptSettings | None, *, task: str, waited: bool) -> dict[str, Any]:

@@ -31,7 +31,13 @@ from hosting.templates import (
     parse_generation_prompt_format,
 )
 from pi0.errors import ConfigError
-from pi0.prompt import DEFAULT_GENERATION_PROMPT_FORMAT, DEFAULT_MAX_GENERATION_TOKENS, MAX_GENERATION_TOKENS
+from pi0.prompt import (
+    DEFAULT_DRAFTS,
+    DEFAULT_GENERATION_PROMPT_FORMAT,
+    DEFAULT_MAX_GENERATION_TOKENS,
+    MAX_DRAFTS,
+    MAX_GENERATION_TOKENS,
+)
 
 Mode = Literal["combined", "action_only", "planner_only"]
 Slot = Literal["action", "planner"]
@@ -198,6 +204,18 @@ class PlannerConfig(_Section):
     """With ``async``: a request with a new task waits for its subtask, or goes on with the old task and its subtask until there is one."""
     timeout_s: Seconds | None = None
     """Combined mode: seconds that an action request waits for the planner until planning counts as failed (``on_failure``); None: for ever."""
+    min_confidence: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
+    """Combined mode: a subtask that the planner is less sure of than this does not take the place of the session's current one; None: it does."""
+    decode: Literal["free", "trie", "score"] = "free"
+    """Whether a subtask is what the model says, or one of a closed list: greedily within it (``trie``) or its likeliest entry (``score``)."""
+    subtasks: tuple[Text, ...] | Text | None = None
+    """That list, or a text file with one entry per line; None: each request brings its own in ``subtasks``."""
+    cameras: Annotated[int, Field(strict=True, ge=1, le=3)] | None = None
+    """The most cameras that an observation has; None: 3. Programs are compiled for each number up to it. Not with ``missing_cameras`` ``grey``."""
+    compilation_cache: Text | None = None
+    """Directory that keeps compiled programs for the next start; None: ``tandem/compiled`` in the cache of checkpoints."""
+    drafts: Annotated[int, Field(strict=True, ge=0, le=MAX_DRAFTS)] = DEFAULT_DRAFTS
+    """Guesses of a subtask that are checked while the prompt is read; one that is right saves the steps of its tokens. 0: none."""
     done_subtasks: Annotated[tuple[str, ...], AfterValidator(_done_subtasks)] = ()
     """Subtasks that say that nothing is left to do: they are flagged in the reply, and the action policy is not asked. Case, outer whitespace and one
     final full stop do not count."""

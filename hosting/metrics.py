@@ -17,7 +17,10 @@
 ``tandem_subtask_done_total``              counter    subtasks in replies that say that nothing is left to do
 ``tandem_planner_refreshes_total``         counter    background refreshes by ``outcome``: ok, stale, superseded, failed
 ``tandem_planner_shared_total``            counter    planner calls answered by an equal one in flight
+``tandem_planner_forward_passes_total``    counter    passes of the planner's model: one per answer, and its decode steps
 ``tandem_planner_decode_steps_total``      counter    decode steps of all subtasks
+``tandem_planner_drafted_tokens_total``    counter    guessed tokens that were checked
+``tandem_planner_accepted_tokens_total``   counter    those that were right
 ``tandem_template_revision``               gauge      revision of the prompt settings in force
 ``tandem_received_bytes_total``, ``tandem_sent_bytes_total``   counters   messages by ``slot`` and ``transport``
 ``tandem_build_info``                      gauge      1, with the ``version``
@@ -37,7 +40,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 
 from hosting import __version__
 from hosting.calls import Served, Slot
-from hosting.observer import Observer
+from hosting.observer import Observer, PlannerWork
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -111,7 +114,12 @@ class Metrics(Observer):
         refreshes = counter("planner_refreshes", "Background refreshes of a subtask that ended.", "outcome")
         self._refreshed = {outcome: refreshes.labels(outcome).inc for outcome in REFRESHES}
         self._shared = counter("planner_shared", "Planner calls answered by an equal one in flight.")
-        self._decode_steps = counter("planner_decode_steps", "Decode steps of all subtasks.")
+        self._work = {
+            "forward_passes": counter("planner_forward_passes", "Passes of the planner's model: one per answer, and its decode steps."),
+            "decode_steps": counter("planner_decode_steps", "Decode steps of all subtasks."),
+            "drafted_tokens": counter("planner_drafted_tokens", "Guessed tokens that were checked."),
+            "accepted_tokens": counter("planner_accepted_tokens", "Guessed tokens that were right."),
+        }
         received = counter("received_bytes", "Bytes of messages that came.", "slot", "transport")
         sent = counter("sent_bytes", "Bytes of messages handed to the transport.", "slot", "transport")
         ways = list(product(slots, TRANSPORTS))
@@ -171,8 +179,9 @@ class Metrics(Observer):
     def shared(self) -> None:
         self._shared.inc()
 
-    def decode_steps(self, steps: int) -> None:
-        self._decode_steps.inc(steps)
+    def planned(self, work: PlannerWork) -> None:
+        for name, count in self._work.items():
+            count.inc(getattr(work, name))
 
     def received(self, slot: Slot, transport: str, count: int) -> None:
         self._received[slot, transport](count)

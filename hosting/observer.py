@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hosting.calls import Served, Slot
 from hosting.policy import Observation, Reply
 from hosting.sessions import Session
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerWork:
+    """What one answer of the planner took.
+
+    Attributes:
+        forward_passes: the one over the prompt, and one for each decode step.
+        drafted_tokens: guessed tokens that were checked beside the prompt.
+        accepted_tokens: those that were right, each a decode step less.
+    """
+
+    forward_passes: int = 0
+    decode_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Observer:
@@ -48,8 +66,8 @@ class Observer:
     def shared(self) -> None:
         """A planner call was answered by an equal one in flight."""
 
-    def decode_steps(self, steps: int) -> None:
-        """The planner took that many decode steps for one subtask."""
+    def planned(self, work: PlannerWork) -> None:
+        """The planner answered, and tells what it took."""
 
     def received(self, slot: Slot, transport: str, count: int) -> None:
         """A message of ``count`` bytes came over ``transport`` (``websocket``, ``quic`` or ``unix``)."""
@@ -112,9 +130,9 @@ class Observers(Observer):
         for observer in self._observers:
             observer.shared()
 
-    def decode_steps(self, steps: int) -> None:
+    def planned(self, work: PlannerWork) -> None:
         for observer in self._observers:
-            observer.decode_steps(steps)
+            observer.planned(work)
 
     def received(self, slot: Slot, transport: str, count: int) -> None:
         for observer in self._observers:

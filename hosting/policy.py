@@ -100,7 +100,9 @@ class BatchPolicy(Policy, Protocol):
 class PlannerPolicy(Protocol):
     """The planner slot's policy. Its prompt settings can be edited live, so they come with the request.
 
-    What it answers depends on the prompt, the camera images and these settings alone; equal questions in flight are asked once.
+    What it answers depends on the prompt, the camera images and these settings alone; equal questions in flight are asked once. A planner that
+    makes use of what it said last to the same robot, for its speed, takes ``previous: str | None`` by keyword as well (``infer_batch``: one per
+    observation).
     """
 
     @property

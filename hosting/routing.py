@@ -8,16 +8,17 @@ side. None of them knows what the route decides.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Final, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
 from hosting.calls import Background, Origin, Question, Slot, SlotCall, Steps, Together
 from hosting.done_subtasks import DoneSubtasks
-from hosting.observer import Observer
+from hosting.observer import Observer, PlannerWork
 from hosting.policy import BatchPlannerPolicy, BatchPolicy, ModeError, Observation, ObservationError, PlannerPolicy, Policy, Reply, RequestError
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings
@@ -142,6 +143,9 @@ def without_mode(obs: Observation) -> dict[str, Any]:
     return {key: value for key, value in obs.items() if key != "mode"}
 
 
+_WORK: Final = tuple(field.name for field in dataclasses.fields(PlannerWork))
+
+
 class ActionCalls:
     """How the action policy is called; what it can do is found out once.
 
@@ -185,24 +189,35 @@ class PlannerCalls:
     def __init__(self, planner: PlannerPolicy) -> None:
         self._planner = planner
         self._batches = planner if isinstance(planner, BatchPlannerPolicy) else None
+        self._takes_previous = "previous" in inspect.signature(planner.infer).parameters
 
-    def __call__(self, obs: Observation, *, timeout_s: float | None = None, **overrides: Any) -> SlotCall:
-        """The planner on one observation; ``overrides`` are its prompt settings."""
+    def __call__(self, obs: Observation, *, previous: str | None = None, timeout_s: float | None = None, **overrides: Any) -> SlotCall:
+        """The planner on one observation; ``overrides`` are its prompt settings.
+
+        Args:
+            previous: what it said last to the same robot, for a planner that takes it (:class:`~hosting.policy.PlannerPolicy`).
+        """
         key = (id(self._planner), *sorted(overrides.items()))
-        together = Together(key, obs, partial(self._batches.infer_batch, **overrides)) if self._batches is not None else None
-        return SlotCall("planner", partial(self._planner.infer, obs, **overrides), together, _question(key, obs), timeout_s)
+        together = Together(key, (obs, previous), partial(self._serve, overrides)) if self._batches is not None else None
+        told = {**overrides, "previous": previous} if self._takes_previous else overrides
+        return SlotCall("planner", partial(self._planner.infer, obs, **told), together, _question(key, obs), timeout_s)
+
+    def _serve(self, overrides: Mapping[str, Any], rows: Sequence[tuple[Observation, str | None]]) -> list[Reply]:
+        assert self._batches is not None
+        told = {**overrides, "previous": [previous for _, previous in rows]} if self._takes_previous else overrides
+        return self._batches.infer_batch([obs for obs, _ in rows], **told)
 
 
 def _question(key: Hashable, obs: Observation) -> Question | None:
-    """What a planner is asked: the prompt and the images are all that its answer depends on."""
-    prompt = obs.get("prompt")
+    """What a planner is asked: the prompt, the images and a list to choose from are all that its answer depends on."""
+    prompt, subtasks = obs.get("prompt"), obs.get("subtasks")
     try:
         images = camera_images(obs)
     except RequestError:
         return None  # the planner says what is wrong with it
     if not isinstance(prompt, str) or not images or not all(isinstance(image, np.ndarray) for image in images.values()):
         return None
-    return Question((key, prompt), images)
+    return Question((key, prompt, None if subtasks is None else repr(subtasks)), images)
 
 
 def action_route(policy: Policy) -> Route:
@@ -217,10 +232,10 @@ def action_route(policy: Policy) -> Route:
     return steps
 
 
-def report_decode_steps(observer: Observer, subtask: Any) -> None:
+def report_work(observer: Observer, subtask: Any) -> None:
     """What one answer of a planner took, where it tells."""
-    if isinstance(subtask, Mapping) and (steps := subtask.get("decode_steps")) is not None:
-        observer.decode_steps(steps)
+    if isinstance(subtask, Mapping) and (told := {name: subtask[name] for name in _WORK if name in subtask}):
+        observer.planned(PlannerWork(**told))
 
 
 def planner_route(planner: PlannerPolicy, live: LiveSettings, observer: Observer | None = None, *, done_subtasks: Sequence[str] = ()) -> Route:
@@ -243,7 +258,7 @@ def planner_route(planner: PlannerPolicy, live: LiveSettings, observer: Observer
             max_generation_tokens=settings.max_generation_tokens,
         )
         subtask = reply.get("subtask")
-        report_decode_steps(observer, subtask)
+        report_work(observer, subtask)
         if ends.says(subtask):
             observer.subtask_done()
         return {**reply, "subtask": {**subtask, **ends.flag(subtask)}} if ends and isinstance(subtask, Mapping) else reply

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from hosting.endpoint import Endpoint
 from hosting.listeners import HTTPListener, Listener, address_url
 from hosting.metrics import Metrics
 from hosting.observer import Observer, Observers
-from hosting.policy import PlannerPolicy, Policy, PromptPreview, Warmable
+from hosting.policy import ConfigError, PlannerPolicy, Policy, PromptPreview, Warmable
 from hosting.protocol.connection import Connection
 from hosting.protocol.profiles import Profile
 from hosting.recent import Recent
@@ -320,6 +320,7 @@ class Service:
                 on_failure=slot.on_failure,
                 cadence=Cadence(slot.refresh, slot.interval_s, slot.max_age_s, slot.on_task_change),
                 timeout_s=slot.timeout_s,
+                min_confidence=slot.min_confidence,
                 done_subtasks=slot.done_subtasks,
                 observer=self._observer,
             )
@@ -449,6 +450,7 @@ def load_action(config: ServiceConfig) -> Policy:
 
 def load_planner(config: ServiceConfig) -> PlannerPolicy:
     """The configured subtask generator. Imports jax."""
+    from pi0.locations import default_data_home
     from planner import SubtaskGenerator
 
     assert config.planner is not None
@@ -462,8 +464,24 @@ def load_planner(config: ServiceConfig) -> PlannerPolicy:
         allowed_tokens=slot.allowed_tokens,
         missing_cameras=slot.missing_cameras,
         on_long_prompt=slot.on_long_prompt,
+        drafts=slot.drafts,
+        decode=slot.decode,
+        subtasks=_listed(slot.subtasks),
+        cameras=slot.cameras,
+        compilation_cache=slot.compilation_cache or default_data_home() / "tandem" / "compiled",
     )
     return generator
+
+
+def _listed(subtasks: Sequence[str] | str | None) -> Sequence[str] | None:
+    """``planner.subtasks``, read from its file if it is one."""
+    if not isinstance(subtasks, str):
+        return subtasks
+    try:
+        lines = Path(subtasks).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"planner.subtasks: cannot read {subtasks}: {error}; give a text file with one subtask per line, or a list") from error
+    return [line for line in lines if line.strip()]
 
 
 def _local(checkpoint_dir: str) -> Path:

@@ -13,6 +13,9 @@ DEFAULT_GENERATION_PROMPT_FORMAT: Final = "Task: {task}. Subtask: "
 DEFAULT_MAX_GENERATION_TOKENS: Final = 20
 MAX_GENERATION_TOKENS: Final = 256
 """Most tokens a subtask may be allowed to have; the planner's key-value buffer has as many slots."""
+DEFAULT_DRAFTS: Final = 2
+"""Guesses of its answer that the planner checks: what it said last, and what followed that the last time."""
+MAX_DRAFTS: Final = 8
 
 
 SEND_OR_SET_DEFAULT: Final = "send the task as text, or set action.default_prompt on the server"

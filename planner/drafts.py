@@ -6,20 +6,24 @@ stays what it was, or becomes what followed it the last time.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.tokenizer import EOS_ID
-
 NO_TOKEN: Final = -1
 """What an unused node of a tree holds: no choice of the model is it."""
 
+NODES_PER_DRAFT: Final = 8
+"""Subtasks have three to seven tokens; beginnings that several have in common are there once."""
+
 Ids = tuple[int, ...]
+
+_BETWEEN_CLAUSES: Final = re.compile(r"[,.;:]|\b(?:and|then)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class TokenTree:
     tokens: NDArray[np.int32]
     parents: NDArray[np.int32]
     sees: NDArray[np.bool_]
+
+    @property
+    def used(self) -> int:
+        """Nodes that hold a token."""
+        return int((self.tokens != NO_TOKEN).sum())
+
+    def padded(self, nodes: int) -> TokenTree:
+        """The same with more unused nodes."""
+        more = nodes - len(self.tokens)
+        sees = np.eye(nodes, dtype=np.bool_)
+        sees[: len(self.tokens), : len(self.tokens)] = self.sees
+        return TokenTree(np.pad(self.tokens, (0, more), constant_values=NO_TOKEN), np.pad(self.parents, (0, more), constant_values=-1), sees)
 
 
 def token_tree(sequences: Iterable[Sequence[int]], nodes: int) -> TokenTree:
@@ -58,21 +74,27 @@ def token_tree(sequences: Iterable[Sequence[int]], nodes: int) -> TokenTree:
     return TokenTree(tokens, parents, sees)
 
 
+@dataclass(slots=True)
+class _Answer:
+    ids: Ids
+    followed_by: str | None = None
+
+
 class DraftTable:
     """What was said about each task lately, and what followed what. Bounded; for one thread at a time.
 
     Args:
-        tasks: how many tasks are remembered, the latest ones.
-        answers: how many different answers of each task are.
+        tasks: how many tasks are remembered, those asked about last.
+        answers: how many different answers to each of them are.
     """
 
     def __init__(self, *, tasks: int = 256, answers: int = 16) -> None:
         self._tasks, self._answers = tasks, answers
-        self._said: OrderedDict[str, OrderedDict[Ids, Ids | None]] = OrderedDict()
-        """Per task, from the longest ago to the latest: each answer, and what followed it the last time."""
+        self._said: OrderedDict[Hashable, OrderedDict[str, _Answer]] = OrderedDict()
+        """Of each task its answers by their text, the latest one last."""
 
-    def suggest(self, task: str, previous: Ids | None, count: int) -> list[Ids]:
-        """At most ``count`` guesses, the likeliest first: what was said last, what followed it before, and the other answers by how late they were.
+    def suggest(self, task: Hashable, previous: str | None = None) -> list[Ids]:
+        """Answers to ``task``, the likeliest first: the previous one, what followed it the last time, the others from the latest back.
 
         Args:
             previous: what was said last to the one who asks; None: not known, so the latest answer of all counts as it.
@@ -80,26 +102,27 @@ class DraftTable:
         said = self._said.get(task, OrderedDict())
         if previous is None:
             previous = next(reversed(said), None)
-        followed = said.get(previous) if previous is not None else None
-        ordered = dict.fromkeys(guess for guess in (previous, followed, *reversed(said)) if guess is not None)
-        return list(ordered)[:count]
+        before = said.get(previous) if previous is not None else None
+        followed_by = before.followed_by if before is not None else None
+        return [said[text].ids for text in dict.fromkeys((previous, followed_by, *reversed(said))) if text is not None and text in said]
 
-    def learn(self, task: str, previous: Ids | None, said: Ids) -> None:
-        """``said`` was the answer, to someone who had been told ``previous`` before."""
-        answers = self._said.setdefault(task, OrderedDict())
+    def learn(self, task: Hashable, text: str, ids: Ids, previous: str | None = None) -> None:
+        """``text`` was the answer, to someone who had been told ``previous`` before; ``ids`` are its tokens, without the end of text."""
+        said = self._said.setdefault(task, OrderedDict())
         self._said.move_to_end(task)
         if previous is None:
-            previous = next(reversed(answers), None)
-        if previous in answers and previous != said:
-            answers[previous] = said
-        answers.setdefault(said, None)
-        answers.move_to_end(said)
-        while len(answers) > self._answers:
-            answers.popitem(last=False)
+            previous = next(reversed(said), None)
+        if previous is not None and previous != text and (before := said.get(previous)) is not None:
+            before.followed_by = text
+        said.setdefault(text, _Answer(ids))
+        said.move_to_end(text)
+        while len(said) > self._answers:
+            said.popitem(last=False)
         while len(self._said) > self._tasks:
             self._said.popitem(last=False)
 
 
-def without_end(ids: Ids) -> Ids:
-    """An answer as a guess: that the text ends is the model's choice at the last token, not a token to check."""
-    return ids[:-1] if ids and ids[-1] == EOS_ID else ids
+def clauses(task: str) -> list[str]:
+    """The parts of a task between commas, full stops, "and" and "then", the first ones first: a subtask is often one of them."""
+    parts = (part.strip() for part in _BETWEEN_CLAUSES.split(task))
+    return list(dict.fromkeys(part for part in parts if part))

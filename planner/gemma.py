@@ -74,24 +74,30 @@ def final_norm(params: GemmaParams, x: jax.Array) -> jax.Array:
     return _rms_norm(x, params.norm)
 
 
-def prefix_pass(params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array, *, tail: int = 0) -> tuple[jax.Array, KeysValues]:
-    """Runs the whole prefix: every token sees every valid one.
+def prefix_pass(
+    params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array, tail_sees: jax.Array | None = None
+) -> tuple[jax.Array, KeysValues]:
+    """Runs the whole prefix: every token sees every valid one. With a tail, also tokens that might follow it.
 
     Args:
-        x: ``[B, S, W]`` embeddings.
-        mask: ``[B, S]``, which of them are valid. Only keys are masked: what comes out at an invalid position is never read,
+        x: ``[B, S + N, W]`` embeddings, of the prefix and of the N tokens of the tail.
+        mask: ``[B, S]``, which of the prefix are valid. Only keys are masked: what comes out at an invalid position is never read,
             and a row of logits without any visible key cannot arise.
-        tail: how many tokens at the end are generated ones: they see what is before them, and nothing before them sees them, so
-            they come out as :func:`decode_pass` would give them one by one.
+        tail_sees: ``[B, N, N]``, which tokens of the tail each of them sees beside the prefix: itself and those between the prefix and it. Nothing
+            before the tail sees it, so they come out as :func:`decode_pass` would give them one by one.
 
     Returns:
-        ``[B, S, W]`` hidden states before the final norm, and keys and values of all.
+        ``[B, S + N, W]`` hidden states before the final norm, and keys and values of all.
     """
     positions = jnp.cumsum(mask, axis=-1) - 1
-    visible = mask[:, None, None, None, :]
-    if tail:
-        order = jnp.arange(x.shape[1])
-        visible = visible & ((order < x.shape[1] - tail) | (order <= order[:, None]))[:, None, :]
+    visible = mask[:, None, :]
+    if tail_sees is not None:
+        own = tail_sees.shape[1]
+        positions = jnp.concatenate([positions, mask.sum(-1, keepdims=True) + tail_sees.sum(-1) - 1], axis=1)
+        of_prefix = jnp.broadcast_to(jnp.pad(mask, ((0, 0), (0, own)))[:, None], (len(mask), mask.shape[1], x.shape[1]))
+        of_tail = jnp.concatenate([jnp.broadcast_to(visible, (*tail_sees.shape[:2], mask.shape[1])), tail_sees], axis=2)
+        visible = jnp.concatenate([of_prefix, of_tail], axis=1)
+    visible = visible[:, None, :, None, :]
 
     def layer(x: jax.Array, block: GemmaBlockParams) -> tuple[jax.Array, KeysValues]:
         query, key, value = _project(block, dims, x, positions)

@@ -60,8 +60,11 @@ def subtask_hidden(language: gemma.GemmaParams, vision: siglip.SiglipParams, dim
     tokens = jnp.concatenate([batch.prompt, given], axis=1)
     images = siglip.encode_images(vision, dims.vision, pixels(batch.images), jnp.dtype(jnp.float32))
     x = jnp.concatenate([images, gemma.embed_tokens(language, tokens)], axis=1)
-    mask = jnp.concatenate([jnp.ones(images.shape[:2], jnp.bool_), tokens != PAD_ID], axis=1)
-    hidden, _ = gemma.prefix_pass(language, dims, x, mask, tail=given.shape[1])
+    mask = jnp.concatenate([jnp.ones(images.shape[:2], jnp.bool_), batch.prompt != PAD_ID], axis=1)
+    # An answer is padded on the right only, so no token of it sees padding.
+    order = jnp.arange(given.shape[1])
+    sees = jnp.broadcast_to(order <= order[:, None], (len(given), *order.shape, *order.shape))
+    hidden, _ = gemma.prefix_pass(language, dims, x, mask, sees)
     hidden = gemma.final_norm(language, hidden)[:, images.shape[1] :]
     last = (batch.prompt != PAD_ID).sum(-1) - 1
     first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

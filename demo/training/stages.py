@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -40,15 +41,15 @@ if TYPE_CHECKING:
 Stage = Literal["vision", "planner", "action", "flat"]
 STAGES: Final[tuple[Stage, ...]] = ("vision", "planner", "action", "flat")
 
-STEPS: Final[dict[Stage, int]] = {"vision": 1500, "planner": 3200, "action": 2200, "flat": 2200}
-"""Optimiser steps of a full training; all but the first stage's are in two rounds (``ROUNDS``)."""
+STEPS: Final[dict[Stage, int]] = {"vision": 1500, "planner": 3900, "action": 2200, "flat": 2200}
+"""Optimiser steps of a full training; all but the first stage's are in rounds (``ROUNDS``)."""
 BATCH: Final[dict[Stage, int]] = {"vision": 96, "planner": 32, "action": 32, "flat": 32}
 THREADS: Final[dict[Stage, int]] = {"vision": 2, "planner": 1, "action": 1, "flat": 1}
 """Fixed, as sums depend on them."""
 RATE: Final = 2e-3
-LAST_ROUND: Final[dict[Stage, float]] = {"planner": 0.3, "action": 0.88, "flat": 0.88}
-"""Which share of a stage's steps is the last round. The planner's vision tower learns in it, too, at half the rate; in the policies' first round
-only their language model learns, what the words mean in the picture."""
+ROUNDS: Final[dict[Stage, tuple[float, ...]]] = {"planner": (0.5744, 0.2462), "action": (0.12,), "flat": (0.12,)}
+"""Which share of a stage's steps its first rounds are; the last one is the rest. The planner's vision tower learns in all but the first, too, at half
+the rate and from fresh draws; in the policies' first round only their language model learns, what the words mean in the picture."""
 GROUNDING_RATE: Final = 3e-3
 DRAWS: Final = 4
 """Noises and times for each observation of the flow-matching loss."""
@@ -111,19 +112,25 @@ def vision(directory: Path, *, steps: int, seed: int, report: Report) -> dict[st
 
 def planner(directory: Path, *, steps: int, seed: int, report: Report) -> dict[str, float]:
     """Writes ``directory/planner``, from ``directory/vision``."""
-    first, last = _rounds("planner", steps)
-    between = directory / "planner-first-round"
-    _planner_round(directory / "vision", between, steps=first, rate=RATE, seed=seed, report=report)
+    rounds = _rounds("planner", steps)
+    source, metrics = directory / "vision", {}
+    for number, count in enumerate(rounds):
+        last = number == len(rounds) - 1
+        target = directory / ("planner" if last else f"planner-round-{number + 1}")
+        later = partial(_later, report, sum(rounds[:number]))
+        rate = RATE if number == 0 else RATE / 2
+        metrics = _planner_round(source, target, steps=count, rate=rate, seed=seed + number, report=later, tower=number > 0)
+        source = target
+    return metrics
 
-    def later(step: int, metrics: dict[str, float]) -> None:
-        report(first + step, metrics)
 
-    return _planner_round(between, directory / "planner", steps=last, rate=RATE / 2, seed=seed + 1, report=later, tower=True)
+def _later(report: Report, before: int, step: int, metrics: dict[str, float]) -> None:
+    report(before + step, metrics)
 
 
-def _rounds(stage: Stage, steps: int) -> tuple[int, int]:
-    last = max(1, round(LAST_ROUND[stage] * steps))
-    return max(1, steps - last), last
+def _rounds(stage: Stage, steps: int) -> list[int]:
+    first = [max(1, round(share * steps)) for share in ROUNDS[stage]]
+    return [*first, max(1, steps - sum(first))]
 
 
 def _planner_round(source: Path, target: Path, *, steps: int, rate: float, seed: int, report: Report, tower: bool = False) -> dict[str, float]:

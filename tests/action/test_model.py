@@ -89,7 +89,7 @@ def test_masks_and_positions(case: tuple[Pi0Model, dict[str, NDArray[Any]], Pref
     may_see = (blocks[None, :] <= blocks[:, None])[None] & valid[:, None, :]
     suffix = golden["suffix_mask"].shape[1]
     groups = model.heads.queries // model.heads.keys
-    folded = np.broadcast_to(context.mask.numpy(), (len(valid), 1, suffix * groups, valid.shape[1]))
+    folded = np.broadcast_to(context.mask.numpy() == 0, (len(valid), 1, suffix * groups, valid.shape[1]))
     np.testing.assert_array_equal(folded[:, 0, ::groups], may_see[:, -suffix:])
     np.testing.assert_array_equal(folded[:, 0, groups - 1 :: groups], may_see[:, -suffix:])
 

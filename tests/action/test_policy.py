@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import action
 from action import ActionPolicy
 from action.configs import CONFIGS
+from action.policy import _model_input
 from action.sampler import ModelInput
 from hosting.policy import Policy, PromptPreview, Warmable
 from pi0.errors import CheckpointError, ConfigError, ObservationError, PolicyError, PromptTooLongError
@@ -88,16 +89,25 @@ def test_every_config_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["pi05_libero__hwc_uint8", "pi0_droid__hwc_uint8", "pi05_aloha__full_uint8_224"])
-def test_prompt_length_does_not_change_the_actions(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_length_does_not_change_the_actions(case: str) -> None:
     call = golden_call(case)
     policy = load(call.meta["config"], FORMATS["pi05" if "pi05" in case else "pi0"][0])
-    actions = policy.infer(call.observation, noise=call.noise)["actions"]
-    transforms = policy._processor
-    used = transforms.bucket(len(transforms.prepare(call.observation).prompt.ids))
-    longest = policy.config.max_token_len
+    prepared = policy._processor.prepare(call.observation)
+    used, longest = len(prepared.prompt.ids), policy.config.max_token_len
     assert used < longest
-    monkeypatch.setattr(transforms, "buckets", (longest,))
-    np.testing.assert_allclose(policy.infer(call.observation, noise=call.noise)["actions"], actions, atol=1e-5, rtol=0)
+    noise = np.asarray(call.noise, np.float32).reshape(1, *policy._noise_shape)
+    chunks = [policy._sampler.sample(_model_input([prepared], length), noise) for length in (used, longest)]
+    np.testing.assert_allclose(chunks[0], chunks[1], atol=1e-5, rtol=0)
+
+
+def test_a_prompt_is_padded_to_a_program_where_there_are_programs() -> None:
+    """Else to the longest of the batch: padding costs and gives nothing."""
+    for compiled in (False, True):
+        policy, sampler = echo_policy("pi05_droid", compiled=compiled)
+        example = policy.example_observation(np.random.default_rng(0))
+        policy.infer_batch([example | {"prompt": "pick"}, example | {"prompt": "pick up the red cup"}])
+        lengths = [len(policy._processor.prepare(example | {"prompt": text}).prompt.ids) for text in ("pick", "pick up the red cup")]
+        assert sampler.calls[0][0].tokens.shape == (2, policy._processor.bucket(max(lengths)) if compiled else max(lengths))
 
 
 class TestBatch:
@@ -105,8 +115,8 @@ class TestBatch:
         policy = load("pi05_droid", "pi05_orbax")
         calls = [golden_call(case) for case in POLICY_CASES if case.startswith("pi05_droid")]
         observations = [calls[0].observation, calls[1].observation | {"prompt": "pick up the red cup " * 8}, calls[2].observation]
-        lengths = {policy._processor.bucket(len(policy._processor.prepare(row).prompt.ids)) for row in observations}
-        assert len(lengths) == 2
+        lengths = {len(policy._processor.prepare(row).prompt.ids) for row in observations}
+        assert len(lengths) > 1
         noise = [call.noise for call in calls]
         for row, reply in enumerate(policy.infer_batch(observations, noise=noise)):
             single = policy.infer(observations[row], noise=noise[row])
@@ -194,7 +204,7 @@ class TestBatchSizes:
         policy, sampler = echo_policy("pi0_droid")
         short = policy.example_observation(np.random.default_rng(0)) | {"prompt": "go"}
         policy.infer_batch([short, short, short | {"prompt": "go " * 20}])
-        assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(2, 16), (1, 48)]
+        assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(2, 4), (1, 42)]
 
     def test_nothing_is_compiled_after_warmup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         graphs: list[torch.fx.GraphModule] = []
@@ -333,14 +343,16 @@ class TestReply:
 
     def test_the_batch_goes_to_the_model_in_its_types(self) -> None:
         policy, sampler = echo_policy("pi05_aloha")
-        policy.infer_batch([policy.example_observation(np.random.default_rng(0))] * 2)
+        example = policy.example_observation(np.random.default_rng(0))
+        policy.infer_batch([example] * 2)
+        length = len(policy._processor.prepare(example).prompt.ids)
         inputs: ModelInput = sampler.calls[0][0]
         shapes = {name: (array.shape, str(array.dtype)) for name, array in vars(inputs).items()}
         assert shapes == {
             "images": ((2, 3, 224, 224, 3), "uint8"),
             "image_masks": ((2, 3), "bool"),
-            "tokens": ((2, 112), "int32"),
-            "token_mask": ((2, 112), "bool"),
+            "tokens": ((2, length), "int32"),
+            "token_mask": ((2, length), "bool"),
             "state": ((2, 32), "float32"),
         }
 
@@ -372,11 +384,15 @@ class TestMetadata:
 
 
 class TestWarmup:
-    @pytest.mark.parametrize(("compiled", "lengths"), [(False, [112]), (True, [48, 112, 200])])
-    def test_runs_the_lengths_that_requests_need(self, compiled: bool, lengths: list[int]) -> None:
-        policy, sampler = echo_policy("pi05_aloha", compiled=compiled)
+    def test_runs_the_lengths_that_requests_need(self) -> None:
+        policy, sampler = echo_policy("pi05_aloha", compiled=True)
         policy.warmup()
-        assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(1, length) for length in lengths]
+        assert [inputs.tokens.shape for inputs, _ in sampler.calls] == [(1, length) for length in (48, 112, 200)]
+
+    def test_runs_once_where_nothing_is_compiled(self) -> None:
+        policy, sampler = echo_policy("pi05_aloha")
+        policy.warmup()
+        assert [inputs.tokens.shape[0] for inputs, _ in sampler.calls] == [1]
 
     def test_runs_the_batch_sizes_that_requests_need(self) -> None:
         policy, sampler = echo_policy("pi0_droid", compiled=True)

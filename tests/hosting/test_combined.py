@@ -19,7 +19,7 @@ import pytest
 from hosting.cadence import Cadence
 from hosting.calls import Background, Origin, SlotCall, Steps
 from hosting.combined import CombinedPolicy
-from hosting.observer import Observer
+from hosting.observer import Observer, PlannerWork
 from hosting.policy import (
     ConfigError,
     DrainingError,
@@ -307,8 +307,8 @@ class Seen(Observer):
     def subtask_used(self, age_s: float, *, waited: bool) -> None:
         self.used.append((age_s, waited))
 
-    def decode_steps(self, steps: int) -> None:
-        self.steps.append(steps)
+    def planned(self, work: PlannerWork) -> None:
+        self.steps.append(work.decode_steps)
 
 
 class NumberingPlanner(Planner):
@@ -719,3 +719,64 @@ class _Counter(list[Any]):
 
     def __len__(self) -> int:
         return self._count
+
+
+class SurePlanner(Planner):
+    """Says what it is given, as surely as that says; notes what it was told to have said before."""
+
+    def __init__(self, *answers: tuple[str, float]) -> None:
+        super().__init__()
+        self.answers = list(answers)
+        self.before: list[str | None] = []
+
+    def infer(self, obs: Mapping[str, Any], /, *, previous: str | None = None, **settings: Any) -> Reply:
+        self.before.append(previous)
+        text, confidence = self.answers.pop(0)
+        return {"subtask": {"text": text, "ms": 3.0, "confidence": confidence}}
+
+
+def sure_robot(*answers: tuple[str, float], cadence: Cadence | None = None, **settings: Any) -> Robot:
+    robot = Robot()
+    robot.planner = SurePlanner(*answers)  # type: ignore[assignment]
+    robot.combined = CombinedPolicy(
+        robot.planner, robot.action, live=robot.live, cadence=cadence or Cadence(), clock=lambda: robot.now_s, observer=robot.seen, **settings
+    )
+    return robot
+
+
+def test_a_planner_that_is_not_sure_enough_does_not_change_its_mind() -> None:
+    robot = sure_robot(("a", 0.2), ("b", 0.4), ("b", 0.6), ("b", 0.1), ("c", 0.3), min_confidence=0.5)
+    first = robot.infer()
+    assert first["text"] == "a" and "kept" not in first, "a task's first subtask is used whatever its confidence"
+    second = robot.infer()
+    assert (second["text"], second["kept"], robot.told) == ("a", {"text": "b", "confidence": 0.4}, "tidy: a")
+    assert (second["revision"], second["source_index"], second["waited"]) == (2, 1, True), "it was planned from this observation"
+    third = robot.infer()
+    assert third["text"] == "b" and "kept" not in third
+    fourth = robot.infer()
+    assert fourth["text"] == "b" and "kept" not in fourth, "the same again is no change"
+    assert robot.infer("another task")["text"] == "c", "what was said about another task is not kept"
+
+
+def test_a_refresh_that_is_not_sure_enough_changes_nothing_either() -> None:
+    robot = sure_robot(("a", 0.9), ("b", 0.4), cadence=Cadence("async"), min_confidence=0.5)
+    robot.infer()
+    robot.now_s += 1.0
+    robot.infer()
+    robot.end()
+    after = robot.infer()
+    assert (after["text"], after["kept"]["text"], after["revision"]) == ("a", "b", 2) and robot.seen.refreshes == ["ok"]
+
+
+def test_without_a_least_confidence_and_without_one_told_the_answer_is_the_answer() -> None:
+    robot = sure_robot(("a", 0.9), ("b", 0.0))
+    assert [robot.infer()["text"] for _ in range(2)] == ["a", "b"]
+    robot = Robot(Cadence(), min_confidence=0.9)  # its planner tells no confidence
+    assert [robot.infer()["text"] for _ in range(2)] == ["step 1", "step 2"]
+
+
+def test_the_planner_is_told_what_it_said_last_to_the_robot_about_the_task() -> None:
+    robot = sure_robot(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 1.0))
+    for task in ("tidy", "tidy", "fold", "tidy"):
+        robot.infer(task)
+    assert robot.planner.before == [None, "a", None, None]  # type: ignore[attr-defined]

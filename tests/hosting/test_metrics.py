@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hosting import __version__
 from hosting.calls import Served, Slot
 from hosting.metrics import CONTENT_TYPE, MODES, OUTCOMES, Metrics
-from hosting.observer import Observer, Observers
+from hosting.observer import Observer, Observers, PlannerWork
 
 ROOT = Path(__file__).parents[2]
 BOTH: tuple[Slot, ...] = ("action", "planner")
@@ -78,8 +78,8 @@ def test_what_the_planner_did() -> None:
     source.refreshed("ok")
     source.refreshed("stale")
     source.shared()
-    source.decode_steps(7)
-    source.decode_steps(5)
+    source.planned(PlannerWork(forward_passes=8, decode_steps=7))
+    source.planned(PlannerWork(6, 5, drafted_tokens=9, accepted_tokens=4))
     assert value(source, "tandem_subtask_age_seconds_count") == 3
     assert value(source, "tandem_subtask_age_seconds_sum") == pytest.approx(0.71)
     assert value(source, "tandem_subtask_waits_total") == 1
@@ -87,6 +87,9 @@ def test_what_the_planner_did() -> None:
     assert [value(source, "tandem_planner_refreshes_total", outcome=outcome) for outcome in ("ok", "stale", "superseded", "failed")] == [1, 1, 0, 0]
     assert value(source, "tandem_planner_shared_total") == 1
     assert value(source, "tandem_planner_decode_steps_total") == 12
+    assert value(source, "tandem_planner_forward_passes_total") == 14
+    assert value(source, "tandem_planner_drafted_tokens_total") == 9
+    assert value(source, "tandem_planner_accepted_tokens_total") == 4
 
 
 def test_bytes_by_transport() -> None:
@@ -145,7 +148,7 @@ def test_every_series_is_there_before_anything_happened() -> None:
         source.refreshed(outcome)
     source.subtask_used(0.1, waited=True)
     source.shared()
-    source.decode_steps(1)
+    source.planned(PlannerWork(decode_steps=1))
     assert scraped(source).keys() == before.keys()
 
 

@@ -16,10 +16,10 @@ import pytest
 from hosting.cadence import SessionPlan
 from hosting.calls import Origin, Slot, SlotCall, Steps
 from hosting.combined import CombinedPolicy
-from hosting.observer import Observer
+from hosting.observer import Observer, PlannerWork
 from hosting.policy import ModeError, ObservationError, Reply
 from hosting.request_queue import RequestQueue
-from hosting.routing import action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
+from hosting.routing import PlannerCalls, action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings, PromptSettings
 from tests.serving import EchoPlanner, EchoPolicy
@@ -158,17 +158,39 @@ def test_planner_route_takes_the_settings_in_force_when_the_request_comes() -> N
 
 def test_the_planner_endpoint_reports_what_decoding_took_where_the_planner_tells() -> None:
     class Steps(Observer):
-        seen: list[int] = []  # noqa: RUF012 - of this test
+        seen: list[PlannerWork] = []  # noqa: RUF012 - of this test
 
-        def decode_steps(self, steps: int) -> None:
-            self.seen.append(steps)
+        def planned(self, work: PlannerWork) -> None:
+            self.seen.append(work)
 
     planner, observer = EchoPlanner(), Steps()
     route = planner_route(planner, LiveSettings(PromptSettings()), observer)
     run(route({"prompt": "x"}))
     planner.infer = lambda obs, **settings: {"subtask": {"text": "y", "decode_steps": 4}}  # type: ignore[method-assign]
     run(planner_route(planner, LiveSettings(PromptSettings()), observer)({"prompt": "x"}))
-    assert observer.seen == [4]
+    assert observer.seen == [PlannerWork(decode_steps=4)]
+
+
+def test_each_row_of_a_batch_comes_with_what_was_said_before() -> None:
+    class Remembering(EchoPlanner):
+        def infer(self, obs: Any, /, *, previous: str | None = None, **settings: Any) -> Reply:
+            return {"subtask": {"text": f"{obs['prompt']} after {previous}"}}
+
+        def infer_batch(self, observations: Any, /, *, previous: Any = None, **settings: Any) -> list[Reply]:
+            return [self.infer(obs, previous=before, **settings) for obs, before in zip(observations, previous, strict=True)]
+
+    call = PlannerCalls(Remembering())
+    one, two = call({"prompt": "x"}, previous="a"), call({"prompt": "y"})
+    assert one.together is not None and two.together is not None and one.together.key == two.together.key
+    together = one.together.serve([one.together.row, two.together.row])
+    assert together == [one.call(), two.call()] == [{"subtask": {"text": "x after a"}}, {"subtask": {"text": "y after None"}}]
+
+
+def test_a_list_to_choose_from_makes_another_question() -> None:
+    call = PlannerCalls(EchoPlanner())
+    image = np.zeros((4, 4, 3), np.uint8)
+    questions = [call({"prompt": "x", "images": {"cam_high": image}, **more}).question for more in ({}, {"subtasks": ["a"]}, {"subtasks": ["b"]})]
+    assert len({question.key for question in questions if question is not None}) == 3
 
 
 class BatchedPolicy(EchoPolicy):

@@ -11,11 +11,12 @@ import pytest
 from pi0.param_tree import BackboneDims, ExpertDims, VisionDims
 from pi0.prompt import MAX_GENERATION_TOKENS
 from pi0.tokenizer import TokenizedPrompt
-from planner.decoder import Decoder, Prefix, choose, read_prefix
+from planner.decoder import Decoder, Guesses, Prefix, choose, read_prefix
 from planner.generator import pack
 from planner.observation import prepare_cameras
 from planner.restore import restore, restore_from
 from tests.golden_data import CHECKPOINTS
+from tests.planner import drafted_decoding
 from tests.planner.golden_planner import ALL_PIECES, CASES, arrays, images
 from tests.planner.oracle import Oracle, RandomParams
 
@@ -37,6 +38,8 @@ def random_images(count: int, seed: int = 0) -> list[Any]:
 
 def test_first_logits_match_openpi_flash_over_the_whole_vocabulary() -> None:
     params, dims = restore(CHECKPOINTS / "pi05_orbax", ALL_PIECES, np.dtype(np.float32))
+    decoder = Decoder(params, dims)
+    nothing = Guesses(np.empty((1, 0), np.int32), np.empty((1, 0), np.int32), np.empty((1, 0, 0), np.bool_))
     with jax.default_matmul_precision("highest"):
         read = jax.jit(functools.partial(read_prefix, dims=dims))
         for case in CASES:
@@ -45,8 +48,8 @@ def test_first_logits_match_openpi_flash_over_the_whole_vocabulary() -> None:
             prefix = Prefix(
                 images=cameras, image_mask=np.ones((1, 3), bool), tokens=stored["prompt_tokens"][None], token_mask=stored["prompt_mask"][None]
             )
-            hidden, _, _ = read(params, prefix=prefix)
-            logits = np.asarray(hidden[0]) @ np.asarray(params.head).T
+            hidden, _, _ = read(params, prefix=decoder.encode(prefix), guesses=nothing)
+            logits = np.asarray(hidden[0, 0]) @ np.asarray(params.head).T
             np.testing.assert_allclose(logits, stored["first_logits"], atol=2e-4, err_msg=case["name"])
 
 
@@ -98,9 +101,39 @@ def test_ties_go_to_the_lowest_id() -> None:
     params, _ = restore_from(RandomParams(dims), np.array([1, 20, 30, 40], np.int32), np.dtype(np.float32), where="random")
     row = params.head[2]
     params = params.replace(head=jnp.stack([-row, row, row, row]))
-    token, logprob = choose(params, row[None])
-    assert token.tolist() == [20]
-    assert float(logprob[0]) == pytest.approx(-np.log(3), abs=1e-4)
+    choice = choose(params, row[None])
+    assert choice.token.tolist() == [20]
+    assert float(choice.logprob[0]) == pytest.approx(-np.log(3), abs=1e-4)
+    assert float(choice.margin[0]) == 0
+
+
+def test_the_margin_is_the_distance_to_the_second_best() -> None:
+    dims = ODD_SIZES["fused qkv"]
+    params, _ = restore_from(RandomParams(dims), np.array([1, 20, 30, 40], np.int32), np.dtype(np.float32), where="random")
+    hidden = np.random.default_rng(0).standard_normal((5, 3, dims.vlm.width)).astype(np.float32)
+    ordered = np.sort(hidden @ np.asarray(params.head).T, axis=-1)
+    np.testing.assert_allclose(choose(params, hidden).margin, ordered[..., -1] - ordered[..., -2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.timeout(240)  # six programs are compiled
+def test_drafts_change_nothing_but_the_work() -> None:
+    """The short form of ``python -m tests.planner.drafted_decoding``."""
+    tally = drafted_decoding.run(2000, seed=11, batches=(8,))
+    assert tally.cases >= 2000 and set(tally.kinds) == set(drafted_decoding.KINDS) and min(tally.kinds.values()) > 100
+    assert tally.different == []
+    assert tally.plain_steps - tally.steps == tally.accepted > 1000
+
+
+def test_a_draft_is_cut_to_the_limit_and_to_the_tree() -> None:
+    dims = ODD_SIZES["one layer, wide heads"]
+    params, _ = restore_from(RandomParams(dims, seed=7), np.arange(2, dims.vocab_size, dtype=np.int32), np.dtype(np.float32), where="random")
+    decoder = Decoder(params, dims, guesses=6)
+    prefix = pack([prompt(2, 3)], [random_images(1)])
+    answer = decoder(prefix, 12).tokens[0].tolist()
+    for limit, kept in ((12, 6), (5, 4), (2, 1), (1, 0)):
+        decoded = decoder(prefix, limit, [decoder.tree([answer], limit)])
+        assert decoded.tokens[0, :limit].tolist() == answer[:limit] and not decoded.tokens[0, limit:].any()
+        assert (decoded.length[0], decoded.accepted[0], decoded.decode_steps[0]) == (limit, kept, limit - kept - 1)
 
 
 def test_the_buffer_holds_the_longest_answer() -> None:

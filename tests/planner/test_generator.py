@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
+from jax.experimental.compilation_cache import compilation_cache
 
 from hosting.policy import PromptPreview, Warmable
 from pi0.errors import CheckpointError, ConfigError, ObservationError, PlannerError, PromptTooLongError
@@ -21,6 +22,8 @@ from pi0.param_tree import backbone_dims, is_action_leaf
 from pi0.tokenizer import PromptTokenizer
 from planner import Subtask, SubtaskGenerator
 from planner.decoder import Prefix
+from planner.drafts import NODES_PER_DRAFT
+from planner.generator import pack
 from planner.observation import prepare_cameras
 from tests.golden_data import CHECKPOINTS, TOKENIZER
 from tests.planner.golden_planner import CASE, CASES, arrays, images
@@ -28,11 +31,13 @@ from tests.planner.oracle import Oracle
 
 PIXELS = np.zeros((224, 224, 3), np.uint8)
 LONG_PROMPT = "pick up the cup " * 60
+_CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
 SHORT_CASES = ["case_03", "case_06", "case_13", "case_15"]
 
 
 def load(checkpoint: str = "pi05_orbax", **options: Any) -> SubtaskGenerator:
-    return SubtaskGenerator.load(CHECKPOINTS / checkpoint, tokenizer=TOKENIZER, **options)
+    """Without drafts, so that what an answer takes does not depend on what was asked before."""
+    return SubtaskGenerator.load(CHECKPOINTS / checkpoint, tokenizer=TOKENIZER, **{"drafts": 0, **options})
 
 
 def as_flash(checkpoint: str = "pi05_orbax", **options: Any) -> SubtaskGenerator:
@@ -78,6 +83,48 @@ def test_every_golden_case_token_for_token(checkpoint: str, flash: SubtaskGenera
         assert list(subtask.token_ids) == case["token_ids"], case["name"]
         assert subtask.text == case["text"], case["name"]
         assert subtask.decode_steps == len(subtask.token_ids) - 1
+
+
+@pytest.fixture(scope="module")
+def drafting() -> SubtaskGenerator:
+    return as_flash(drafts=2)
+
+
+def test_golden_cases_with_drafts_token_for_token(drafting: SubtaskGenerator) -> None:
+    """Asked twice, so that the second answer was guessed; and with guesses that are another case's answers."""
+    for case in CASES:
+        first, again = (generate_case(drafting, case["name"]) for _ in range(2))
+        misled = generate_case(drafting, case["name"], previous="pick up something else")
+        assert list(first.token_ids) == list(again.token_ids) == list(misled.token_ids) == case["token_ids"], case["name"]
+        guessed = min(2 * NODES_PER_DRAFT, len(case["token_ids"]) - 1)
+        assert (again.accepted_tokens, again.decode_steps) == (guessed, len(case["token_ids"]) - 1 - guessed)
+        assert again.logprob == pytest.approx(first.logprob, abs=2e-3) and again.margin == pytest.approx(first.margin, abs=2e-3)
+
+
+def test_an_unchanged_subtask_takes_one_pass(drafting: SubtaskGenerator) -> None:
+    name = "case_13"
+    first = generate_case(drafting, name)
+    told = generate_case(drafting, name, previous=first.text)
+    assert (told.text, told.forward_passes, told.decode_steps, told.accepted_tokens) == (first.text, 1, 0, len(first.token_ids) - 1)
+
+
+def test_each_row_of_a_batch_has_its_own_guesses(drafting: SubtaskGenerator) -> None:
+    names = ["case_03", "case_06", "case_13"]
+    prompts, cameras = [CASE[name]["prompt"] for name in names], [images(name) for name in names]
+    answers = [CASE[name]["text"] for name in names]
+    rows = drafting.generate_batch(prompts, cameras, previous=[answers[0], "nothing of the kind", None])
+    assert [row.text for row in rows] == answers
+    with pytest.raises(ValueError, match="3 prompts came with 1 previous subtasks; expected one per prompt"):
+        drafting.generate_batch(prompts, cameras, previous=["one"])
+
+
+def test_words_of_the_task_are_guessed() -> None:
+    """Before anything was said, a task that holds the answer saves steps."""
+    said = generate_case(load(), "case_13").text
+    generator = load(drafts=1)
+    subtask = generator.generate(f"wait, {said}", images("case_13"))
+    assert subtask.drafted_tokens > 0, "a part of the task"
+    assert generator.generate("", images("case_13")).drafted_tokens == 0, "there is nothing to guess from"
 
 
 def test_golden_cases_in_bfloat16() -> None:
@@ -209,6 +256,40 @@ def test_warmup_of_grey_mode_needs_three_cameras_only(flash: SubtaskGenerator, m
     assert compiled == []
 
 
+def test_a_robot_with_fewer_cameras_has_fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = load(cameras=2)
+    shapes: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(generator._decoder, "compile", shapes.extend)
+    monkeypatch.setattr(generator, "generate", lambda prompt, images: shapes.append(tuple(images)))
+    generator.warmup()
+    assert shapes == [(1, 1, 48), (1, 1, 200), (1, 2, 48), (1, 2, 200), ("base_0_rgb", "left_wrist_0_rgb")]
+    monkeypatch.undo()
+    three = dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), PIXELS)
+    message = r"images: has 3 cameras \(base_0_rgb, left_wrist_0_rgb, right_wrist_0_rgb\), but planner.cameras allows 2; raise it"
+    with pytest.raises(ObservationError, match=message):
+        generator.generate("pick up the cup", three)
+
+
+def test_compiled_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
+    before = {name: getattr(jax.config, name) for name in _CACHE_OPTIONS}
+    hits: list[str] = []
+    active = True
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if active and event.endswith("/cache_hits") else None)
+    compilation_cache.reset_cache()  # jax opens it once per process
+    try:
+        generator = load(cameras=1, compilation_cache=tmp_path / "compiled")
+        generator._decoder.compile([(1, 1, 48)])
+        assert any((tmp_path / "compiled").iterdir()) and not hits
+        jax.clear_caches()  # as a new process begins
+        load(cameras=1, compilation_cache=tmp_path / "compiled")._decoder.compile([(1, 1, 48)])
+        assert hits
+    finally:
+        active = False
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def test_warmup_has_a_largest_and_a_smallest_batch(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, int, int]] = []
     monkeypatch.setattr(generator, "_max_rows", generator._max_rows)
@@ -221,8 +302,7 @@ def test_warmup_has_a_largest_and_a_smallest_batch(generator: SubtaskGenerator, 
 
 def test_a_preview_is_what_the_model_reads(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Prefix] = []
-    decoder = generator._decoder
-    monkeypatch.setattr(generator, "_decoder", lambda prefix, limit: read.append(prefix) or decoder(prefix, limit))
+    monkeypatch.setattr("planner.generator.pack", lambda *rows: read.append(pack(*rows)) or read[-1])
     assert isinstance(generator, PromptPreview) and isinstance(generator, Warmable)
     preview = generator.preview_prompt("Task: pick up the cup. Subtask: ")
     assert not read
@@ -256,10 +336,14 @@ def test_infer_answers_with_plain_scalars(flash: SubtaskGenerator) -> None:
     reply = flash.infer({"prompt": CASE["case_13"]["prompt"], "images": images("case_13"), "state": np.zeros(14), "mode": "default"})
     assert set(reply) == {"subtask"}
     subtask = reply["subtask"]
-    assert {key: type(value) for key, value in subtask.items()} == {"text": str, "ms": float, "decode_steps": int, "logprob": float}
+    counts = dict.fromkeys(("forward_passes", "decode_steps", "drafted_tokens", "accepted_tokens"), int)
+    sure = dict.fromkeys(("logprob", "mean_logprob", "margin", "confidence"), float)
+    assert {key: type(value) for key, value in subtask.items()} == {"text": str, "ms": float, **counts, **sure}
     assert subtask["text"] == CASE["case_13"]["text"]
     assert subtask["decode_steps"] == len(CASE["case_13"]["token_ids"]) - 1
-    assert subtask["logprob"] < 0 < subtask["ms"]
+    assert subtask["forward_passes"] == subtask["decode_steps"] + 1
+    assert subtask["mean_logprob"] == pytest.approx(subtask["logprob"] / len(CASE["case_13"]["token_ids"]))
+    assert subtask["logprob"] < 0 < min(subtask["ms"], subtask["margin"])
 
 
 @pytest.mark.parametrize("name", ["case_15", "case_16"])
@@ -322,6 +406,14 @@ def test_settings_out_of_range_are_config_errors(generator: SubtaskGenerator, op
         ({"on_long_prompt": "cut"}, "on_long_prompt: got 'cut', expected one of error, truncate"),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
         ({"dtype": np.int8}, "dtype: got 'int8', expected one of float32, bfloat16"),
+        ({"drafts": -1}, "drafts: got -1, expected a whole number from 0 to 8"),
+        ({"drafts": 2.0}, "drafts: got 2.0, expected a whole number from 0 to 8"),
+        ({"cameras": 4}, "cameras: got 4, expected a whole number from 1 to 3, or none"),
+        ({"cameras": True}, "cameras: got True, expected a whole number from 1 to 3, or none"),
+        (
+            {"cameras": 1, "missing_cameras": "grey"},
+            "cameras: cannot be set together with missing_cameras 'grey', which shows the model all of them; leave one of the two out",
+        ),
     ],
 )
 def test_unknown_options_are_config_errors(options: dict[str, Any], message: str) -> None:
