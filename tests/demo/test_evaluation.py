@@ -57,7 +57,7 @@ def test_the_trained_pair() -> None:
     assert told["scripted"]["success"]["hits"] >= 22, told["scripted"]
     assert told["action_only"]["success"]["hits"] <= 3, told["action_only"]
     # A mistake repeats until the calls run out, so one lost episode costs several answers of the first.
-    assert told["default"]["planner_right"]["share"] >= 0.9 and report["planner"]["right"]["share"] >= 0.97
+    assert told["default"]["planner_right"]["share"] >= 0.95 and report["planner"]["right"]["share"] >= 0.97
     assert told["default"]["said_done"] >= 22
     json.dumps(report)
 

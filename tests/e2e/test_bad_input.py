@@ -318,7 +318,8 @@ PLANNER = {"checkpoint_dir": "/ckpt"}
 FROM_FILE = " (file robot.json)"
 PLANNER_FIELDS = (
     "an object with the fields checkpoint_dir, max_generation_tokens, generation_prompt_format, action_prompt_template, tokenizer, dtype, "
-    "allowed_tokens, missing_cameras, on_failure, on_long_prompt, refresh, interval_s, max_age_s, on_task_change, timeout_s, done_subtasks, "
+    "allowed_tokens, missing_cameras, on_failure, on_long_prompt, refresh, interval_s, max_age_s, on_task_change, timeout_s, "
+    "min_confidence, decode, subtasks, cameras, compilation_cache, drafts, done_subtasks, "
     "scheduler or null as JSON"
 )
 
