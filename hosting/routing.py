@@ -217,7 +217,12 @@ def _question(key: Hashable, obs: Observation) -> Question | None:
         return None  # the planner says what is wrong with it
     if not isinstance(prompt, str) or not images or not all(isinstance(image, np.ndarray) for image in images.values()):
         return None
-    return Question((key, prompt, None if subtasks is None else repr(subtasks)), images)
+    if subtasks is not None:
+        listed = subtasks.tolist() if isinstance(subtasks, np.ndarray) else subtasks
+        if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
+            return None  # the planner says what is wrong with it, too
+        subtasks = tuple(listed)
+    return Question((key, prompt, subtasks), images)
 
 
 def action_route(policy: Policy) -> Route:
@@ -234,7 +239,7 @@ def action_route(policy: Policy) -> Route:
 
 def report_work(observer: Observer, subtask: Any) -> None:
     """What one answer of a planner took, where it tells."""
-    if isinstance(subtask, Mapping) and (told := {name: subtask[name] for name in _WORK if name in subtask}):
+    if isinstance(subtask, Mapping) and (told := {name: subtask[name] for name in _WORK if isinstance(subtask.get(name), int)}):
         observer.planned(PlannerWork(**told))
 
 

@@ -15,6 +15,7 @@ import functools
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -269,7 +270,7 @@ def read_tree(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix, 
     return TreeReading(own - jnp.take_along_axis(total, parents, axis=1), end - total)
 
 
-class _Programs:
+class _Programs(ABC):
     """Compiled programs by shape, each compiled once, in :meth:`compile` or at its first use. For one thread at a time.
 
     Args:
@@ -332,8 +333,9 @@ class _Programs:
         with jax.default_matmul_precision("highest"):
             self._programs[batch, cameras, prompt_slots] = self._lower(prefix=prefix, guesses=guesses).compile()
 
+    @abstractmethod
     def _lower(self, **arguments: Any) -> Any:
-        raise NotImplementedError
+        """The program for arguments of these shapes, not compiled yet."""
 
 
 class Decoder(_Programs):

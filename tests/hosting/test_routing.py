@@ -19,7 +19,7 @@ from hosting.combined import CombinedPolicy
 from hosting.observer import Observer, PlannerWork
 from hosting.policy import ModeError, ObservationError, Reply
 from hosting.request_queue import RequestQueue
-from hosting.routing import PlannerCalls, action_route, planner_route, request_mode, run, run_on, run_together_on, without_mode
+from hosting.routing import PlannerCalls, action_route, planner_route, report_work, request_mode, run, run_on, run_together_on, without_mode
 from hosting.scheduler import SlotWorker
 from hosting.templates import LiveSettings, PromptSettings
 from tests.serving import EchoPlanner, EchoPolicy
@@ -191,6 +191,22 @@ def test_a_list_to_choose_from_makes_another_question() -> None:
     image = np.zeros((4, 4, 3), np.uint8)
     questions = [call({"prompt": "x", "images": {"cam_high": image}, **more}).question for more in ({}, {"subtasks": ["a"]}, {"subtasks": ["b"]})]
     assert len({question.key for question in questions if question is not None}) == 3
+    same = [call({"prompt": "x", "images": {"cam_high": image}, "subtasks": listed}).question for listed in (["a"], ("a",), np.array(["a"]))]
+    assert len({question.key for question in same if question is not None}) == 1
+    assert call({"prompt": "x", "images": {"cam_high": image}, "subtasks": "a"}).question is None, "the planner says what is wrong with it"
+
+
+def test_what_a_planner_tells_wrongly_of_its_work_is_not_counted() -> None:
+    class Work(Observer):
+        seen: list[PlannerWork] = []  # noqa: RUF012 - of this test
+
+        def planned(self, work: PlannerWork) -> None:
+            self.seen.append(work)
+
+    observer = Work()
+    report_work(observer, {"text": "x", "decode_steps": None, "accepted_tokens": 2})
+    report_work(observer, {"text": "x", "decode_steps": None})
+    assert observer.seen == [PlannerWork(accepted_tokens=2)]
 
 
 class BatchedPolicy(EchoPolicy):
