@@ -30,6 +30,10 @@ def write_params(directory: Path, leaves: Mapping[str, NDArray[np.floating[Any]]
         at[leaf] = value
     with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(directory.resolve(), {"params": tree})
+    committed = directory / "commit_success.txt"
+    if committed.exists():
+        # Orbax notes in it where it wrote, a path that means nothing on another machine; a reader asks only whether the file is there.
+        committed.write_text(f"Checkpoint commit was successful to {directory.name}")
 
 
 def backbone_leaves(vision: SiglipParams, language: GemmaParams, dims: BackboneDims) -> dict[str, NDArray[Any]]:

@@ -120,6 +120,9 @@ class _Run:
         if self._display is not None and self._task is not None:
             self._display.start_task(self._task)
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS[self.stage]), "JAX_PLATFORMS": "cpu"}
+        if self.stage == "planner":
+            # XLA takes fresh memory for every step, a page fault for each 4 KiB of it: with huge pages a step takes a third less.
+            environment["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1")))
         root = Path(__file__).resolve().parents[2]
         last: dict[str, Any] = {}
         with (

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 Stage = Literal["vision", "planner", "action", "flat"]
 STAGES: Final[tuple[Stage, ...]] = ("vision", "planner", "action", "flat")
 
-STEPS: Final[dict[Stage, int]] = {"vision": 1500, "planner": 3900, "action": 2200, "flat": 2200}
+STEPS: Final[dict[Stage, int]] = {"vision": 1500, "planner": 6200, "action": 2200, "flat": 2200}
 """Optimiser steps of a full training; all but the first stage's are in rounds (``ROUNDS``)."""
 BATCH: Final[dict[Stage, int]] = {"vision": 96, "planner": 32, "action": 32, "flat": 32}
 THREADS: Final[dict[Stage, int]] = {"vision": 2, "planner": 1, "action": 1, "flat": 1}
 """Fixed, as sums depend on them."""
 RATE: Final = 2e-3
-ROUNDS: Final[dict[Stage, tuple[float, ...]]] = {"planner": (0.5744, 0.2462), "action": (0.12,), "flat": (0.12,)}
+ROUNDS: Final[dict[Stage, tuple[float, ...]]] = {"planner": (0.45, 0.33), "action": (0.12,), "flat": (0.12,)}
 """Which share of a stage's steps its first rounds are; the last one is the rest. The planner's vision tower learns in all but the first, too, at half
 the rate and from fresh draws; in the policies' first round only their language model learns, what the words mean in the picture."""
 GROUNDING_RATE: Final = 3e-3

@@ -286,7 +286,9 @@ class Client:
             except AuthenticationError:
                 raise
             except ConnectError as error:
-                last = error
+                # An attempt that the deadline cut short says less of the server than the one before it.
+                if last is None or deadline.allows(0.0):
+                    last = error
             else:
                 logger.info("connected again to %s", self._conversation.url)
                 return self._conversation

@@ -88,6 +88,7 @@ def test_any_number_of_steps_has_a_schedule(steps: int) -> None:
 def test_it_learns_from_small_pictures_what_it_answers_on_large_ones(tmp_path: Path, train_tower: bool) -> None:
     source = RandomParams(DIMS, seed=5)
     write_params(tmp_path / "params", {name: 0.3 * source.read(name) for name in source})
+    assert not [file for file in (tmp_path / "params").iterdir() if file.is_file() and bytes(tmp_path) in file.read_bytes()]
     small = np.random.default_rng(1).integers(0, 256, (4, 56, 56, 3), np.uint8)
     answer = np.array([[10, 11, 1], [12, 1, 0], [13, 14, 1], [15, 1, 0]], np.int32)
     prompt = np.tile(np.array([[2, 20, 21]], np.int32), (4, 1))
