@@ -153,10 +153,11 @@ def read_prefix(params: PlannerParams, dims: BackboneDims, prefix: Prefix, guess
     """
     x, mask = embed_prefix(params, dims, prefix, params.language.embedding.dtype)
     guessed = gemma.embed_tokens(params.language, jnp.maximum(guesses.tokens, 0))
-    hidden, keys_values = gemma.prefix_pass(params.language, dims, jnp.concatenate([x, guessed], axis=1), mask, guesses.sees)
     last = mask.shape[1] - prefix.tokens.shape[1] + prefix.token_mask.sum(-1) - 1
-    read = jnp.concatenate([jnp.take_along_axis(hidden, last[:, None, None], axis=1), hidden[:, mask.shape[1] :]], axis=1)
-    return gemma.final_norm(params.language, read), keys_values, mask
+    behind = jnp.broadcast_to(mask.shape[1] + jnp.arange(guessed.shape[1]), guessed.shape[:2])
+    read = jnp.concatenate([last[:, None], behind], axis=1)
+    hidden, keys_values = gemma.prefix_pass(params.language, dims, jnp.concatenate([x, guessed], axis=1), mask, read, guesses.sees)
+    return gemma.final_norm(params.language, hidden), keys_values, mask
 
 
 def choose(params: PlannerParams, hidden: jax.Array) -> Choice:

@@ -20,6 +20,8 @@ _ROPE_BASE = 10_000.0
 _MASKED_LOGIT = -2.3819763e38
 """What replaces (not: is added to) the logit of a key that may not be seen."""
 
+_LOGITS_IN_CACHE, _FEWEST_QUERIES = 1 << 19, 16
+
 
 @struct.dataclass
 class GemmaBlockParams:
@@ -75,37 +77,46 @@ def final_norm(params: GemmaParams, x: jax.Array) -> jax.Array:
 
 
 def prefix_pass(
-    params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array, tail_sees: jax.Array | None = None
+    params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array, read: jax.Array, tail_sees: jax.Array | None = None
 ) -> tuple[jax.Array, KeysValues]:
     """Runs the whole prefix: every token sees every valid one. With a tail, also tokens that might follow it.
+
+    Of the last block, what is not read is not computed but for its keys and values: nearly all of it, where only an answer is asked for.
 
     Args:
         x: ``[B, S + N, W]`` embeddings, of the prefix and of the N tokens of the tail.
         mask: ``[B, S]``, which of the prefix are valid. Only keys are masked: what comes out at an invalid position is never read,
             and a row of logits without any visible key cannot arise.
+        read: ``[B, R]``, at which of the S + N tokens the hidden state is wanted.
         tail_sees: ``[B, N, N]``, which tokens of the tail each of them sees beside the prefix: itself and those between the prefix and it. Nothing
             before the tail sees it, so they come out as :func:`decode_pass` would give them one by one.
 
     Returns:
-        ``[B, S + N, W]`` hidden states before the final norm, and keys and values of all.
+        ``[B, R, W]`` hidden states before the final norm, and keys and values of all.
     """
     positions = jnp.cumsum(mask, axis=-1) - 1
     visible = mask[:, None, :]
     if tail_sees is not None:
-        own = tail_sees.shape[1]
+        behind = tail_sees.shape[1]
         positions = jnp.concatenate([positions, mask.sum(-1, keepdims=True) + tail_sees.sum(-1) - 1], axis=1)
-        of_prefix = jnp.broadcast_to(jnp.pad(mask, ((0, 0), (0, own)))[:, None], (len(mask), mask.shape[1], x.shape[1]))
+        of_prefix = jnp.broadcast_to(jnp.pad(mask, ((0, 0), (0, behind)))[:, None], (len(mask), mask.shape[1], x.shape[1]))
         of_tail = jnp.concatenate([jnp.broadcast_to(visible, (*tail_sees.shape[:2], mask.shape[1])), tail_sees], axis=2)
         visible = jnp.concatenate([of_prefix, of_tail], axis=1)
-    visible = visible[:, None, :, None, :]
 
-    def layer(x: jax.Array, block: GemmaBlockParams) -> tuple[jax.Array, KeysValues]:
-        query, key, value = _project(block, dims, x, positions)
-        logits = jnp.where(visible, _logits(query, key), _MASKED_LOGIT)
-        attended = _attend(jax.nn.softmax(logits, axis=-1).astype(x.dtype), value)
-        return _finish_block(block, x, attended.astype(x.dtype)), KeysValues(key, value)
+    def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, KeysValues]:
+        block = _block(params, index)
+        query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), positions)
+        return _finish_block(block, x, _attention(query, key, value, visible)), KeysValues(key, value)
 
-    return lax.scan(layer, x, params.blocks)
+    x, before = lax.scan(layer, x, jnp.arange(dims.depth - 1))
+    last, own = _block(params, dims.depth - 1), dims.heads * dims.head_dim
+    y = _rms_norm(x, last.norm_attention)
+    key, value = _keys_values(dims, y @ last.qkv[:, own:], positions)
+    x, y = (jnp.take_along_axis(tokens, read[..., None], axis=1) for tokens in (x, y))
+    query = _queries(dims, y @ last.qkv[:, :own], jnp.take_along_axis(positions, read, axis=1))
+    seen = visible if tail_sees is None else jnp.take_along_axis(visible, read[..., None], axis=1)
+    cache = jax.tree.map(lambda layers, own: jnp.concatenate([layers, own[None]]), before, KeysValues(key, value))
+    return _finish_block(last, x, _attention(query, key, value, seen)), cache
 
 
 def decode_pass(
@@ -140,7 +151,7 @@ def decode_pass(
     ) -> tuple[tuple[jax.Array, KeysValues], None]:
         x, cache = carry
         block, prefix, index = inputs
-        query, key, value = _project(block, dims, x, positions)
+        query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), positions)
         slot = (index, 0, step, 0, 0)
         cache = KeysValues(lax.dynamic_update_slice(cache.keys, key[None], slot), lax.dynamic_update_slice(cache.values, value[None], slot))
         own = jax.tree.map(lambda buffer: lax.dynamic_index_in_dim(buffer, index, keepdims=False), cache)
@@ -160,15 +171,56 @@ def decode_pass(
     return x, cache
 
 
-def _project(block: GemmaBlockParams, dims: BackboneDims, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised input → rotated and scaled queries ``[B, T, K, N/K, H]``, rotated keys and values ``[B, T, K, H]``."""
-    batch, length, _ = x.shape
+def _block(params: GemmaParams, index: jax.Array | int) -> GemmaBlockParams:
+    """One of the stacked blocks. (A slice of many of them would be a copy of most of the weights.)"""
+    block: GemmaBlockParams = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), params.blocks)
+    return block
+
+
+def _project(block: GemmaBlockParams, dims: BackboneDims, y: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalised input ``[B, T, W]`` → :func:`_queries`, and keys and values, in one product."""
+    own = dims.heads * dims.head_dim
+    qkv = y @ block.qkv
+    return _queries(dims, qkv[..., :own], positions), *_keys_values(dims, qkv[..., own:], positions)
+
+
+def _queries(dims: BackboneDims, projected: jax.Array, positions: jax.Array) -> jax.Array:
+    """``[B, T, N·H]`` → rotated and scaled queries ``[B, T, K, N/K, H]``."""
     heads, kv_heads, head_dim = dims.heads, dims.kv_heads, dims.head_dim
-    qkv = _rms_norm(x, block.norm_attention) @ block.qkv
-    query, key, value = jnp.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
-    query = _rotate(query.reshape(batch, length, heads, head_dim), positions) * head_dim**-0.5
-    key = _rotate(key.reshape(batch, length, kv_heads, head_dim), positions)
-    return query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), key, value.reshape(batch, length, kv_heads, head_dim)
+    query = _rotate(projected.reshape(*positions.shape, heads, head_dim), positions) * head_dim**-0.5
+    return query.reshape(*positions.shape, kv_heads, heads // kv_heads, head_dim)
+
+
+def _keys_values(dims: BackboneDims, projected: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``[B, T, 2K·H]`` → rotated keys and values ``[B, T, K, H]``."""
+    key, value = jnp.split(projected.reshape(*positions.shape, 2 * dims.kv_heads, dims.head_dim), 2, axis=2)
+    return _rotate(key, positions), value
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+    """What T queries ``[B, T, K, N/K, H]`` gather from S keys and values ``[B, S, K, H]``, each from those ``visible`` ``[B, T or 1, S]`` to it.
+
+    On a CPU in pieces whose logits stay in its cache, half the time of all at once; an accelerator would rather have few large operations.
+    """
+    batch, length, kv_heads, group, _ = query.shape
+
+    def piece(query: jax.Array, visible: jax.Array) -> jax.Array:
+        logits = jnp.where(visible[:, None, :, None, :], _logits(query, key), _MASKED_LOGIT)
+        return _attend(jax.nn.softmax(logits, axis=-1).astype(query.dtype), value).astype(query.dtype)
+
+    of_one_query = kv_heads * group * key.shape[1]
+    if jax.default_backend() != "cpu" or length * of_one_query <= _LOGITS_IN_CACHE:
+        return piece(query, visible)
+    size = max(_FEWEST_QUERIES, _LOGITS_IN_CACHE // (batch * of_one_query))
+    pieces = -(-length // size)
+    visible = jnp.broadcast_to(visible, (batch, length, key.shape[1]))
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, pieces * size - length), *((0, 0),) * (x.ndim - 2)))
+        return padded.reshape(batch, pieces, size, *x.shape[2:]).swapaxes(0, 1)
+
+    attended = lax.map(lambda inputs: piece(*inputs), (cut(query), cut(visible)))
+    return attended.swapaxes(0, 1).reshape(batch, pieces * size, *query.shape[2:])[:, :length]
 
 
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -64,8 +64,9 @@ def subtask_hidden(language: gemma.GemmaParams, vision: siglip.SiglipParams, dim
     # An answer is padded on the right only, so no token of it sees padding.
     order = jnp.arange(given.shape[1])
     sees = jnp.broadcast_to(order <= order[:, None], (len(given), *order.shape, *order.shape))
-    hidden, _ = gemma.prefix_pass(language, dims, x, mask, sees)
-    hidden = gemma.final_norm(language, hidden)[:, images.shape[1] :]
+    text = jnp.broadcast_to(jnp.arange(images.shape[1], x.shape[1]), tokens.shape)
+    hidden, _ = gemma.prefix_pass(language, dims, x, mask, text, sees)
+    hidden = gemma.final_norm(language, hidden)
     last = (batch.prompt != PAD_ID).sum(-1) - 1
     first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return hidden[:, :slots], jnp.concatenate([first, hidden[:, slots:]], axis=1)

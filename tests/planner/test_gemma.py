@@ -16,7 +16,8 @@ from tests.planner.golden_planner import ALL_PIECES, arrays, model_images
 
 def run_prefix(params: Any, prefix: EncodedPrefix, *, dims: Any) -> tuple[Any, ...]:
     x, mask = embed_prefix(params, dims, prefix, params.language.embedding.dtype)
-    hidden, cache = gemma.prefix_pass(params.language, dims, x, mask)
+    everywhere = np.broadcast_to(np.arange(x.shape[1]), mask.shape)
+    hidden, cache = gemma.prefix_pass(params.language, dims, x, mask, everywhere)
     return x, mask, gemma.final_norm(params.language, hidden), cache
 
 
@@ -50,3 +51,34 @@ def test_masked_cameras_in_a_batch_change_no_valid_key() -> None:
     np.testing.assert_array_equal(np.asarray(mask)[:, -tail:], valid)
     np.testing.assert_allclose(np.asarray(cache.keys)[-1][:, -tail:][valid], case["kv_k_last"][valid], atol=2e-4)
     np.testing.assert_allclose(np.asarray(cache.values)[-1][:, -tail:][valid], case["kv_v_last"][valid], atol=2e-4)
+
+
+@pytest.mark.parametrize("own_view", [False, True])
+def test_attention_in_pieces_is_attention(own_view: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    batch, queries, keys, kv_heads, group, size = 2, 45, 50, 2, 3, 16
+    query = rng.standard_normal((batch, queries, kv_heads, group, size), np.float32)
+    key, value = rng.standard_normal((2, batch, keys, kv_heads, size), np.float32)
+    visible = rng.random((batch, queries if own_view else 1, keys)) < 0.7
+    visible[:, :, 0] = True
+    whole = gemma._attention(query, key, value, visible)
+    monkeypatch.setattr(gemma, "_LOGITS_IN_CACHE", 1)
+    pieces = gemma._attention(query, key, value, visible)
+    assert queries > gemma._FEWEST_QUERIES and queries % gemma._FEWEST_QUERIES, "the last piece must be a short one"
+    np.testing.assert_allclose(pieces, whole, atol=1e-6)
+    exact = np.einsum("btkgh,bskh->bktgs", query.astype(np.float64), key)
+    exact = np.where(visible[:, None, :, None], np.exp(exact - exact.max(-1, keepdims=True)), 0)
+    np.testing.assert_allclose(whole, np.einsum("bktgs,bskh->btkgh", exact / exact.sum(-1, keepdims=True), value), atol=1e-5)
+
+
+def test_what_is_read_of_the_last_block_is_what_all_of_it_would_say() -> None:
+    params, dims = restore(CHECKPOINTS / "pi05_orbax", ALL_PIECES, np.dtype(np.float32))
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, 12, dims.vlm.width), np.float32)
+    mask, sees = np.array([[True] * 8, [True] * 5 + [False] * 3]), np.broadcast_to(np.tril(np.ones((4, 4), np.bool_)), (2, 4, 4))
+    read = np.array([[7, 9, 0], [4, 11, 8]])
+    everywhere = np.broadcast_to(np.arange(12), (2, 12))
+    whole, cache = gemma.prefix_pass(params.language, dims, x, mask, everywhere, sees)
+    some, same = gemma.prefix_pass(params.language, dims, x, mask, read, sees)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(whole), read[..., None], axis=1), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, cache, same)
