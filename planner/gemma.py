@@ -94,19 +94,23 @@ def prefix_pass(
     Returns:
         ``[B, R, W]`` hidden states before the final norm, and keys and values of all.
     """
+    length = mask.shape[1]
     positions = jnp.cumsum(mask, axis=-1) - 1
     visible = mask[:, None, :]
     if tail_sees is not None:
         behind = tail_sees.shape[1]
         positions = jnp.concatenate([positions, mask.sum(-1, keepdims=True) + tail_sees.sum(-1) - 1], axis=1)
-        of_prefix = jnp.broadcast_to(jnp.pad(mask, ((0, 0), (0, behind)))[:, None], (len(mask), mask.shape[1], x.shape[1]))
-        of_tail = jnp.concatenate([jnp.broadcast_to(visible, (*tail_sees.shape[:2], mask.shape[1])), tail_sees], axis=2)
-        visible = jnp.concatenate([of_prefix, of_tail], axis=1)
+        before_tail = jnp.broadcast_to(visible, (*tail_sees.shape[:2], length))
+        tail_visible = jnp.concatenate([before_tail, tail_sees], axis=2)
 
     def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, KeysValues]:
         block = _block(params, index)
         query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), positions)
-        return _finish_block(block, x, _attention(query, key, value, visible)), KeysValues(key, value)
+        # The prefix attends to itself in the operations of a pass without a tail, whose mask is small.
+        attended = _attention(query[:, :length], key[:, :length], value[:, :length], visible)
+        if tail_sees is not None:
+            attended = jnp.concatenate([attended, _attention(query[:, length:], key, value, tail_visible)], axis=1)
+        return _finish_block(block, x, attended), KeysValues(key, value)
 
     x, before = lax.scan(layer, x, jnp.arange(dims.depth - 1))
     last, own = _block(params, dims.depth - 1), dims.heads * dims.head_dim
@@ -114,7 +118,10 @@ def prefix_pass(
     key, value = _keys_values(dims, y @ last.qkv[:, own:], positions)
     x, y = (jnp.take_along_axis(tokens, read[..., None], axis=1) for tokens in (x, y))
     query = _queries(dims, y @ last.qkv[:, :own], jnp.take_along_axis(positions, read, axis=1))
-    seen = visible if tail_sees is None else jnp.take_along_axis(visible, read[..., None], axis=1)
+    seen = visible
+    if tail_sees is not None:
+        views = jnp.concatenate([jnp.pad(visible, ((0, 0), (0, 0), (0, behind))), tail_visible], axis=1)
+        seen = jnp.take_along_axis(views, jnp.maximum(read - length + 1, 0)[..., None], axis=1)
     cache = jax.tree.map(lambda layers, own: jnp.concatenate([layers, own[None]]), before, KeysValues(key, value))
     return _finish_block(last, x, _attention(query, key, value, seen)), cache
 
