@@ -19,7 +19,7 @@ train-demo: $(VENV)
 	.venv/bin/python main.py train-demo
 
 test: $(VENV) .venv-openpi-client/.ok
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope
 
 lint: $(VENV)
 	.venv/bin/ruff check .

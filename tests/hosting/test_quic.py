@@ -211,6 +211,7 @@ def test_silence_ends_a_connection():
         ({"pin": "00" * 32}, certificate().sha256),
         ({"pin": None}, "issuer"),
     ],
+    ids=["pinned", "no pin"],
 )
 def test_a_certificate_that_is_not_trusted(options, words):
     pair = Pair(**options)
