@@ -9,9 +9,9 @@ plain      ends with the text, and has the head's rows of allowed tokens only: `
 rejected   the same with two drafts that are wrong from the first token on: `planner.drafts` 2
 accepted   with the right one: no decode step
 
-Weights: the golden pi0.5 checkpoint (real answers, some short) and random weights of larger sizes. Random weights do not end
-their answers, so "5 tokens" there is our call limited to 5, the length of a typical subtask (reference/model.md §13.6). The share of the memory
-limit is what reading each weight once per pass would take, at the speed of one large sum in this run, over what the call took.
+Weights: the demo's planner, the golden pi0.5 checkpoint (both with real answers, some short) and random weights of larger sizes. Random weights do
+not end their answers, so "5 tokens" there is our call limited to 5, the length of a typical subtask (reference/model.md §13.6). The share of the
+memory limit is what reading each weight once per pass would take, at the speed of one large sum in this run, over what the call took.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ CAMERAS = 3
 DRAFTS = 2
 TYPICAL_TOKENS = 5
 
+MEDIUM = BackboneDims(VisionDims(192, 3, 4, 48, 512, 14, 256), ExpertDims(512, 2048), 16_384, 4, 8, 1, 64)
+LARGE = BackboneDims(VisionDims(384, 8, 6, 64, 1024, 14, 256), ExpertDims(1024, 4096), 65_536, 12, 8, 1, 128)
 PI05 = BackboneDims(VisionDims(1152, 27, 16, 72, 4304, 14, 256), ExpertDims(2048, 16_384), 257_152, 18, 8, 1, 256)
 """The released models' dimensions."""
 
@@ -78,9 +80,12 @@ class RandomParams:
     def read(self, name: str, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         shape = self._shapes[name]
-        scale = 0.02 if name.endswith(("bias", "scale")) else shape[-2] ** -0.5 if len(shape) > 1 else 1.0
-        values: NDArray[Any] = rng.standard_normal(shape, np.float32) * np.float32(scale)
-        return values.astype(dtype or np.float32)
+        scale = np.float32(0.02 if name.endswith(("bias", "scale")) else shape[-2] ** -0.5 if len(shape) > 1 else 1.0)
+        values: NDArray[Any] = np.empty(shape, dtype or np.float32)
+        # Slice by slice: at full size all of the largest leaf in float32 would take 5 GB.
+        for part in values if len(shape) > 2 else [values]:
+            part[...] = rng.standard_normal(part.shape, np.float32) * scale
+        return values
 
 
 def plain_decode(
@@ -294,7 +299,7 @@ def weights_read(dims: BackboneDims, passes: int) -> int:
 
 
 def demo_rows(rounds: int, bytes_per_s: float, quick: bool) -> list[Row]:
-    """Tables of the demo, whose planner was trained: real answers of 3 to 6 tokens. It has one camera; the reference computes three."""
+    """Tables of the demo, whose planner was trained: real answers of 3 to 7 tokens. It has one camera; the reference computes three."""
     checkpoint = CHECKPOINTS / "planner"
     pieces = PromptTokenizer(checkpoint / TOKENIZER_FILE)
     pair = Pair("demo", OrbaxParams(checkpoint), pieces.allowed_tokens("printable_ascii"), cameras=1)
@@ -334,13 +339,22 @@ def random_rows(name: str, dims: BackboneDims, rounds: int, bytes_per_s: float) 
     ]
 
 
+def saved_time(weights: str, rows: list[Row]) -> list[Goal]:
+    """The two goals of the smallest size, medians over answers of more than one token. The demo's pair has least to do in a call, the golden model,
+    which reads eight times as many tokens, has the fewest weights."""
+    own = [row for row in rows if row.weights == weights and row.tokens > 1]
+    unrolled = statistics.median(row.unrolled_ms / row.accepted_ms for row in own)
+    plain = statistics.median(row.plain_ms / row.accepted_ms for row in own)
+    return [
+        Goal(f"unrolled ms / accepted ms, {weights}, median", unrolled, ">= 5", unrolled >= 5),
+        Goal(f"plain ms / accepted ms, {weights}, median", plain, ">= 1.5", plain >= 1.5),
+    ]
+
+
 def goals(rows: list[Row]) -> list[Goal]:
     typical = [row for row in rows if row.tokens <= TYPICAL_TOKENS + 1]
-    smallest = [row for row in rows if row.weights == rows[0].weights and row.tokens > 1]
     extra = max(row.steps_run - row.tokens for row in rows)
     same = sum(row.same_tokens for row in rows) / len(rows)
-    unrolled = statistics.median(row.unrolled_ms / row.accepted_ms for row in smallest)
-    early = statistics.median(row.plain_ms / row.accepted_ms for row in smallest)
     rejected = statistics.median(row.rejected_ms / row.plain_ms for row in rows)
     short = max(row.plain_ms / row.unrolled_ms for row in typical)
     saved = weights_read(PI05, 1) / weights_read(PI05, 1 + STEPS)
@@ -349,8 +363,8 @@ def goals(rows: list[Row]) -> list[Goal]:
         Goal("decode steps run minus tokens, worst", extra, "<= 1", extra <= 1),
         Goal("same tokens in all ways, share of requests", same, "= 1", same == 1),
         Goal("weights read at pi0.5's size, unchanged subtask / unrolled", saved, "<= 0.1", saved <= 0.1),
-        Goal("unrolled ms / accepted ms, smallest model, median", unrolled, ">= 5", unrolled >= 5),
-        Goal("plain ms / accepted ms, smallest model, median", early, ">= 1.5", early >= 1.5),
+        *saved_time("demo", rows),
+        *saved_time("golden", rows),
         Goal("rejected ms / plain ms, median", rejected, "<= 1.05", rejected <= 1.05),
         Goal(f"plain ms / unrolled ms, answers of <= {TYPICAL_TOKENS + 1} tokens, worst", short, "<= 0.9", short <= 0.9),
         Goal("compile s / unrolled compile s, worst", compiling, "<= 0.333", compiling <= 1 / 3),
@@ -360,13 +374,11 @@ def goals(rows: list[Row]) -> list[Goal]:
 def main() -> None:
     options = arguments(__doc__)
     rounds = 3 if options.quick else 9
-    medium = BackboneDims(VisionDims(192, 3, 4, 48, 512, 14, 256), ExpertDims(512, 2048), 16_384, 4, 8, 1, 64)
-    large = BackboneDims(VisionDims(384, 8, 6, 64, 1024, 14, 256), ExpertDims(1024, 4096), 65_536, 12, 8, 1, 128)
     bytes_per_s = memory_bytes_per_s()
     rows = demo_rows(rounds, bytes_per_s, options.quick) + golden_rows(rounds, bytes_per_s, options.quick)
-    rows += random_rows("random 512 × 4", medium, rounds, bytes_per_s)
+    rows += random_rows("random 512 × 4", MEDIUM, rounds, bytes_per_s)
     if not options.quick:
-        rows += random_rows("random 1024 × 12", large, rounds, bytes_per_s)
+        rows += random_rows("random 1024 × 12", LARGE, rounds, bytes_per_s)
     print(f"{machine()}; jax {jax.__version__} on {jax.devices()[0].device_kind}, float32; memory {bytes_per_s / 1e9:.1f} GB/s")
     ways = ("unrolled", "full head", "plain", "rejected", "accepted")
     head = f"{'weights':<18}{'answer':<11}{'tokens':>7}{'steps':>6}{''.join(f'{way:>11}' for way in ways)}  ms"

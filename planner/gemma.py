@@ -3,7 +3,7 @@
 Two passes share the weights. :func:`prefix_pass` reads images and prompt at once and returns the keys and values that every
 later token attends to; :func:`decode_pass` runs one token against those and against a preallocated buffer of the tokens
 generated so far, into which it writes in place. Layers run with one scan over the stacked leaves, so depth costs no compile
-time.
+time; only the last of the prefix pass, which computes less, stands apart.
 """
 
 from __future__ import annotations

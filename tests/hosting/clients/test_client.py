@@ -304,6 +304,22 @@ class TestReconnecting:
         assert len(dialled.calls) == 2 and not time.slept_s, "there is no time for the first pause of 0.1 s"
         assert dialled.calls[0][1:] == (3.0, None) and dialled.calls[1][1:] == (0.05, 0.05)
 
+    def test_an_attempt_that_the_deadline_cuts_short_does_not_hide_why_the_others_failed(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = StubLink()
+        client, _, time = make(first, timeout_s=1.0)
+        first.closed = True
+        attempts = iter([(0.01, "refused"), (2.0, "no answer within 0.9 s")])
+
+        def slow(*_: Any) -> Any:
+            took_s, why = next(attempts)
+            time.now_s += took_s
+            raise ConnectError(why)
+
+        monkeypatch.setattr("hosting.clients.client.dial", slow)
+        with pytest.raises(ConnectError, match=r"^refused$"):
+            client.infer({})
+        assert next(attempts, None) is None
+
     def test_no_time_is_left_to_send(self, make: Make) -> None:
         first, second = StubLink(), StubLink()
         client, dialled, time = make(first, second, timeout_s=1.0)
