@@ -209,13 +209,14 @@ class Pair:
     def __init__(self, name: str, source: ParamSource, allowed: NDArray[np.int32], cameras: int = CAMERAS) -> None:
         self.name = name
         params, self.dims = restore_from(source, allowed, np.dtype(np.float32), where=name)
-        self.plain = Decoder(params, self.dims)
-        self.drafting = Decoder(params, self.dims, guesses=DRAFTS * NODES_PER_DRAFT)
+        self.plain = Decoder(params, self.dims, cameras=cameras)
+        self.drafting = Decoder(params, self.dims, guesses=DRAFTS * NODES_PER_DRAFT, cameras=cameras)
         everything = np.arange(self.dims.vocab_size, dtype=np.int32)
-        self.full_head = Decoder(params.replace(head=params.language.embedding, head_ids=everything), self.dims)
+        self.full_head = Decoder(params.replace(head=params.language.embedding, head_ids=everything), self.dims, cameras=cameras)
         self.weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params.vision, params.language.blocks, params.head)))
         self._leaves = {leaf: jnp.asarray(source.read(leaf, np.dtype(np.float32))) for leaf in backbone_shapes(self.dims)}
         self._allowed = jnp.zeros(self.dims.vocab_size, bool).at[jnp.asarray(allowed)].set(True)
+        jax.block_until_ready((params, self._leaves))
         self.compile_s = max(_timed(lambda decoder=decoder: decoder.compile([(1, cameras, 48)]))[0] for decoder in (self.plain, self.drafting))
         self.full_head.compile([(1, cameras, 48)])
         jitted = jax.jit(functools.partial(plain_decode, dims=self.dims))

@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0.tokenizer import EOS_ID
+
 NO_TOKEN: Final = -1
 """What an unused node of a tree holds: no choice of the model is it."""
 
@@ -45,12 +47,9 @@ class TokenTree:
         """Nodes that hold a token."""
         return int((self.tokens != NO_TOKEN).sum())
 
-    def padded(self, nodes: int) -> TokenTree:
-        """The same with more unused nodes."""
-        more = nodes - len(self.tokens)
-        sees = np.eye(nodes, dtype=np.bool_)
-        sees[: len(self.tokens), : len(self.tokens)] = self.sees
-        return TokenTree(np.pad(self.tokens, (0, more), constant_values=NO_TOKEN), np.pad(self.parents, (0, more), constant_values=-1), sees)
+    def first(self, nodes: int) -> TokenTree:
+        """The same with its first ``nodes`` nodes only, if there are more."""
+        return self if nodes >= len(self.tokens) else TokenTree(self.tokens[:nodes], self.parents[:nodes], self.sees[:nodes, :nodes])
 
 
 def token_tree(sequences: Iterable[Sequence[int]], nodes: int) -> TokenTree:
@@ -72,6 +71,23 @@ def token_tree(sequences: Iterable[Sequence[int]], nodes: int) -> TokenTree:
                     sees[node] |= sees[parent]
             parent = node
     return TokenTree(tokens, parents, sees)
+
+
+def agreed(tree: TokenTree, said: Sequence[int]) -> list[int]:
+    """The path of nodes that greedy decoding says itself: each is what it says where the one before ends. The end of text is none of them: what is
+    behind it is never said.
+
+    Args:
+        said: ``[1 + N]``, what it says after the prompt and after each node.
+    """
+    path: list[int] = []
+    expected = said[0]
+    # A node comes after its parent, and no two of a parent's nodes are the same token.
+    for node, (token, parent) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)):
+        if token == expected != EOS_ID and parent == (path[-1] if path else -1):
+            path.append(node)
+            expected = said[node + 1]
+    return path
 
 
 @dataclass(slots=True)

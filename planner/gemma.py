@@ -20,6 +20,8 @@ _ROPE_BASE = 10_000.0
 _MASKED_LOGIT = -2.3819763e38
 """What replaces (not: is added to) the logit of a key that may not be seen."""
 
+Turn = tuple[jax.Array, jax.Array]
+
 _LOGITS_IN_CACHE, _FEWEST_QUERIES = 1 << 19, 16
 
 
@@ -60,7 +62,7 @@ class KeysValues:
 
 
 def empty_cache(dims: BackboneDims, batch: int, capacity: int, dtype: jnp.dtype) -> KeysValues:
-    """Room for ``capacity`` generated tokens per row."""
+    """Room for ``capacity`` tokens per row."""
     zeros = jnp.zeros((dims.depth, batch, capacity, dims.kv_heads, dims.head_dim), dtype)
     return KeysValues(zeros, zeros)
 
@@ -77,105 +79,74 @@ def final_norm(params: GemmaParams, x: jax.Array) -> jax.Array:
 
 
 def prefix_pass(
-    params: GemmaParams, dims: BackboneDims, x: jax.Array, mask: jax.Array, read: jax.Array, tail_sees: jax.Array | None = None
+    params: GemmaParams, dims: BackboneDims, x: jax.Array, positions: jax.Array, visible: jax.Array, read: jax.Array, capacity: int
 ) -> tuple[jax.Array, KeysValues]:
-    """Runs the whole prefix: every token sees every valid one. With a tail, also tokens that might follow it.
+    """Runs S tokens at once.
 
     Of the last block, what is not read is not computed but for its keys and values: nearly all of it, where only an answer is asked for.
 
     Args:
-        x: ``[B, S + N, W]`` embeddings, of the prefix and of the N tokens of the tail.
-        mask: ``[B, S]``, which of the prefix are valid. Only keys are masked: what comes out at an invalid position is never read,
-            and a row of logits without any visible key cannot arise.
-        read: ``[B, R]``, at which of the S + N tokens the hidden state is wanted.
-        tail_sees: ``[B, N, N]``, which tokens of the tail each of them sees beside the prefix: itself and those between the prefix and it. Nothing
-            before the tail sees it, so they come out as :func:`decode_pass` would give them one by one.
+        x: ``[B, S, W]`` embeddings.
+        positions: ``[B, S]``.
+        visible: ``[B, S, S]``, which tokens each of them attends to, at least one.
+        read: ``[B, R]``, at which of the S tokens the hidden state is wanted.
+        capacity: of the cache, at least S.
 
     Returns:
-        ``[B, R, W]`` hidden states before the final norm, and keys and values of all.
+        ``[B, R, W]`` hidden states before the final norm, and the keys and values of all, in slots 0 … S - 1 of a cache.
     """
-    length = mask.shape[1]
-    positions = jnp.cumsum(mask, axis=-1) - 1
-    visible = mask[:, None, :]
-    if tail_sees is not None:
-        behind = tail_sees.shape[1]
-        positions = jnp.concatenate([positions, mask.sum(-1, keepdims=True) + tail_sees.sum(-1) - 1], axis=1)
-        before_tail = jnp.broadcast_to(visible, (*tail_sees.shape[:2], length))
-        tail_visible = jnp.concatenate([before_tail, tail_sees], axis=2)
+    turn = _turn(dims, positions)
 
-    def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, KeysValues]:
+    def layer(carry: tuple[jax.Array, KeysValues], index: jax.Array) -> tuple[tuple[jax.Array, KeysValues], None]:
+        x, cache = carry
         block = _block(params, index)
-        query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), positions)
-        # The prefix attends to itself in the operations of a pass without a tail, whose mask is small.
-        attended = _attention(query[:, :length], key[:, :length], value[:, :length], visible)
-        if tail_sees is not None:
-            attended = jnp.concatenate([attended, _attention(query[:, length:], key, value, tail_visible)], axis=1)
-        return _finish_block(block, x, attended), KeysValues(key, value)
+        query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), turn)
+        x = _finish_block(block, x, _attention(query, key, value, visible))
+        return (x, _written(cache, KeysValues(key, value), index, 0)), None
 
-    x, before = lax.scan(layer, x, jnp.arange(dims.depth - 1))
+    start = x, empty_cache(dims, len(x), capacity, x.dtype)
+    (x, cache), _ = lax.scan(layer, start, jnp.arange(dims.depth - 1))
     last, own = _block(params, dims.depth - 1), dims.heads * dims.head_dim
     y = _rms_norm(x, last.norm_attention)
-    key, value = _keys_values(dims, y @ last.qkv[:, own:], positions)
-    x, y = (jnp.take_along_axis(tokens, read[..., None], axis=1) for tokens in (x, y))
-    query = _queries(dims, y @ last.qkv[:, :own], jnp.take_along_axis(positions, read, axis=1))
-    seen = visible
-    if tail_sees is not None:
-        views = jnp.concatenate([jnp.pad(visible, ((0, 0), (0, 0), (0, behind))), tail_visible], axis=1)
-        seen = jnp.take_along_axis(views, jnp.maximum(read - length + 1, 0)[..., None], axis=1)
-    cache = jax.tree.map(lambda layers, own: jnp.concatenate([layers, own[None]]), before, KeysValues(key, value))
-    return _finish_block(last, x, _attention(query, key, value, seen)), cache
+    key, value = _keys_values(dims, y @ last.qkv[:, own:], turn)
+    x, y, seen = (jnp.take_along_axis(tokens, read[..., None], axis=1) for tokens in (x, y, visible))
+    query = _queries(dims, y @ last.qkv[:, :own], _turn(dims, jnp.take_along_axis(positions, read, axis=1)))
+    return _finish_block(last, x, _attention(query, key, value, seen)), _written(cache, KeysValues(key, value), dims.depth - 1, 0)
 
 
 def decode_pass(
-    params: GemmaParams,
-    dims: BackboneDims,
-    x: jax.Array,
-    step: jax.Array,
-    positions: jax.Array,
-    prefix: KeysValues,
-    prefix_mask: jax.Array,
-    cache: KeysValues,
+    params: GemmaParams, dims: BackboneDims, x: jax.Array, positions: jax.Array, visible: jax.Array, slot: jax.Array, cache: KeysValues
 ) -> tuple[jax.Array, KeysValues]:
     """Runs one generated token per row.
 
     Args:
         x: ``[B, 1, W]`` its embedding.
-        step: scalar, its slot in ``cache``; slots before it hold the tokens generated earlier.
         positions: ``[B, 1]`` its position, counting valid tokens only.
-        prefix: keys and values of :func:`prefix_pass`, only read.
-        prefix_mask: ``[B, S]``.
-        cache: ``[L, B, capacity, K, H]``; given back with slot ``step`` written.
+        visible: ``[B, capacity]``, which slots of the cache it attends to, its own one included.
+        slot: scalar, where its keys and values go.
+        cache: those of the tokens before it; given back with ``slot`` written.
 
     Returns:
         ``[B, 1, W]`` hidden states before the final norm, and the cache.
     """
-    prefix_length = prefix.keys.shape[2]
-    visible_prefix = prefix_mask[:, None, None, None, :]
-    visible_cache = jnp.arange(cache.keys.shape[2]) <= step
+    turn = _turn(dims, positions)
 
-    def layer(
-        carry: tuple[jax.Array, KeysValues], inputs: tuple[GemmaBlockParams, KeysValues, jax.Array]
-    ) -> tuple[tuple[jax.Array, KeysValues], None]:
+    def layer(carry: tuple[jax.Array, KeysValues], inputs: tuple[GemmaBlockParams, jax.Array]) -> tuple[tuple[jax.Array, KeysValues], None]:
         x, cache = carry
-        block, prefix, index = inputs
-        query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), positions)
-        slot = (index, 0, step, 0, 0)
-        cache = KeysValues(lax.dynamic_update_slice(cache.keys, key[None], slot), lax.dynamic_update_slice(cache.values, value[None], slot))
-        own = jax.tree.map(lambda buffer: lax.dynamic_index_in_dim(buffer, index, keepdims=False), cache)
-        # Two products instead of one over concatenated keys: joining prefix and cache would copy both at every layer of every token.
-        logits = jnp.concatenate(
-            [
-                jnp.where(visible_prefix, _logits(query, prefix.keys), _MASKED_LOGIT),
-                jnp.where(visible_cache, _logits(query, own.keys), _MASKED_LOGIT),
-            ],
-            axis=-1,
-        )
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        attended = _attend(weights[..., :prefix_length], prefix.values) + _attend(weights[..., prefix_length:], own.values)
-        return (_finish_block(block, x, attended.astype(x.dtype)), cache), None
+        block, index = inputs
+        query, key, value = _project(block, dims, _rms_norm(x, block.norm_attention), turn)
+        cache = _written(cache, KeysValues(key, value), index, slot)
+        keys, values = (lax.dynamic_index_in_dim(buffer, index, keepdims=False) for buffer in (cache.keys, cache.values))
+        return (_finish_block(block, x, _attention(query, keys, values, visible[:, None])), cache), None
 
-    (x, cache), _ = lax.scan(layer, (x, cache), (params.blocks, prefix, jnp.arange(dims.depth)))
+    (x, cache), _ = lax.scan(layer, (x, cache), (params.blocks, jnp.arange(dims.depth)))
     return x, cache
+
+
+def _written(cache: KeysValues, new: KeysValues, layer: jax.Array | int, slot: jax.Array | int) -> KeysValues:
+    """The cache with ``new`` (of one layer, ``[B, T, K, H]``) in its slots from ``slot`` on; in place, where the cache is a loop's."""
+    at = (layer, 0, slot, 0, 0)
+    return KeysValues(lax.dynamic_update_slice(cache.keys, new.keys[None], at), lax.dynamic_update_slice(cache.values, new.values[None], at))
 
 
 def _block(params: GemmaParams, index: jax.Array | int) -> GemmaBlockParams:
@@ -184,24 +155,24 @@ def _block(params: GemmaParams, index: jax.Array | int) -> GemmaBlockParams:
     return block
 
 
-def _project(block: GemmaBlockParams, dims: BackboneDims, y: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _project(block: GemmaBlockParams, dims: BackboneDims, y: jax.Array, turn: Turn) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised input ``[B, T, W]`` → :func:`_queries`, and keys and values, in one product."""
     own = dims.heads * dims.head_dim
     qkv = y @ block.qkv
-    return _queries(dims, qkv[..., :own], positions), *_keys_values(dims, qkv[..., own:], positions)
+    return _queries(dims, qkv[..., :own], turn), *_keys_values(dims, qkv[..., own:], turn)
 
 
-def _queries(dims: BackboneDims, projected: jax.Array, positions: jax.Array) -> jax.Array:
+def _queries(dims: BackboneDims, projected: jax.Array, turn: Turn) -> jax.Array:
     """``[B, T, N·H]`` → rotated and scaled queries ``[B, T, K, N/K, H]``."""
     heads, kv_heads, head_dim = dims.heads, dims.kv_heads, dims.head_dim
-    query = _rotate(projected.reshape(*positions.shape, heads, head_dim), positions) * head_dim**-0.5
-    return query.reshape(*positions.shape, kv_heads, heads // kv_heads, head_dim)
+    query = _rotate(projected.reshape(*projected.shape[:2], heads, head_dim), turn) * head_dim**-0.5
+    return query.reshape(*projected.shape[:2], kv_heads, heads // kv_heads, head_dim)
 
 
-def _keys_values(dims: BackboneDims, projected: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _keys_values(dims: BackboneDims, projected: jax.Array, turn: Turn) -> tuple[jax.Array, jax.Array]:
     """``[B, T, 2K·H]`` → rotated keys and values ``[B, T, K, H]``."""
-    key, value = jnp.split(projected.reshape(*positions.shape, 2 * dims.kv_heads, dims.head_dim), 2, axis=2)
-    return _rotate(key, positions), value
+    key, value = jnp.split(projected.reshape(*projected.shape[:2], 2 * dims.kv_heads, dims.head_dim), 2, axis=2)
+    return _rotate(key, turn), value
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
@@ -252,11 +223,16 @@ def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (normalised * (1 + scale)).astype(x.dtype)
 
 
-def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary embedding in the half-split layout (reference/model.md §4.6), in float32. x ``[B, T, n, H]``, positions ``[B, T]``."""
-    half = x.shape[-1] // 2
-    timescale = _ROPE_BASE ** (2.0 / x.shape[-1] * jnp.arange(half, dtype=jnp.float32))
+def _turn(dims: BackboneDims, positions: jax.Array) -> Turn:
+    """By how much tokens at ``positions`` ``[B, T]`` are rotated, the same in every block: sine and cosine ``[B, T, 1, H/2]``, float32."""
+    half = dims.head_dim // 2
+    timescale = _ROPE_BASE ** (2.0 / dims.head_dim * jnp.arange(half, dtype=jnp.float32))
     angle = (positions[..., None].astype(jnp.float32) / timescale)[:, :, None, :]
-    sine, cosine = jnp.sin(angle), jnp.cos(angle)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def _rotate(x: jax.Array, turn: Turn) -> jax.Array:
+    """Rotary embedding in the half-split layout (reference/model.md §4.6), in float32. x ``[B, T, n, H]``."""
+    sine, cosine = turn
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)

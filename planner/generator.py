@@ -28,9 +28,9 @@ from pi0.prompt import (
     MAX_GENERATION_TOKENS,
     prompt_text,
 )
-from pi0.tokenizer import EOS_ID, PLANNER_MAX_TOKENS, AllowedTokens, OnLongPrompt, PromptTokenizer, TokenizedPrompt, find_tokenizer
+from pi0.tokenizer import EOS_ID, AllowedTokens, OnLongPrompt, PromptTokenizer, TokenizedPrompt, find_tokenizer
 from planner.closed_list import ClosedList, closed_list, score, walk
-from planner.decoder import Decoded, Decoder, Prefix, TreeReader, TreeReading
+from planner.decoder import Decoded, Decoder, Prefix, TreeReader, TreeReading, text_slots
 from planner.drafts import NODES_PER_DRAFT, DraftTable, TokenTree, clauses
 from planner.observation import MissingCameras, prepare_cameras
 from planner.restore import restore
@@ -43,10 +43,6 @@ DecodeMode = Literal["free", "trie", "score"]
 
 LIST_NODES = 256
 """Tokens that the closed lists of requests may have, common beginnings counted once: as many as one camera has."""
-
-PROMPT_BUCKETS = (48, PLANNER_MAX_TOKENS)
-"""Prompt slots that programs are compiled for. Nearly every task fits the small one; more sizes would only add compile time,
-since the step from 48 to 32 slots saves 2 % of the prefix."""
 
 MAX_BATCH = 8
 """Rows of the largest program; a larger batch runs as several. Batches are filled up to the next power of two."""
@@ -210,7 +206,7 @@ class SubtaskGenerator:
         entries = None if subtasks is None else closed_list(subtasks, pieces.encode, np.asarray(params.head_ids))
         nodes = max(LIST_NODES, 0 if entries is None else len(entries.tree.tokens))
         return cls(
-            Decoder(params, dims, guesses=drafts * NODES_PER_DRAFT) if decode == "free" else TreeReader(params, dims, guesses=nodes),
+            Decoder(params, dims, guesses=drafts * NODES_PER_DRAFT, cameras=cameras or len(MODEL_CAMERAS)) if decode == "free" else TreeReader(params, dims, guesses=nodes),
             pieces,
             max_generation_tokens=max_generation_tokens,
             generation_prompt_format=generation_prompt_format,
@@ -237,7 +233,7 @@ class SubtaskGenerator:
         """
         cameras = range(1, self._max_cameras + 1) if self._missing_cameras == "mask" else [len(MODEL_CAMERAS)]
         largest = _program_batch(min(max_batch, MAX_BATCH))
-        self._decoder.compile(itertools.product([2**power for power in range(largest.bit_length())], cameras, PROMPT_BUCKETS))
+        self._decoder.compile(itertools.product([2**power for power in range(largest.bit_length())], cameras, text_slots(self._decoder.guesses)))
         self._max_rows = largest
         # A first run pays for what compiling does not: memory pools, kernels that are loaded on first use.
         blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
@@ -387,7 +383,7 @@ class SubtaskGenerator:
                 raise ObservationError(str(error)) from error
         if entries is None:
             raise ObservationError("subtasks: are missing; send the list that the answer is chosen from, or set planner.subtasks")
-        return _Row(prompt, cameras, entries.tree.padded(self._decoder.guesses), entries)
+        return _Row(prompt, cameras, entries.tree, entries)
 
     def _guesses(self, prompt: TokenizedPrompt, task: str, previous: str | None) -> list[tuple[int, ...]]:
         """What the answer may be, the likeliest first, as many as are checked."""
@@ -402,8 +398,10 @@ class SubtaskGenerator:
 
     def _decode(self, rows: Sequence[_Row], max_tokens: int) -> list[dict[str, Any]]:
         """What one program call tells of each of ``rows``: attributes of its :class:`Subtask`."""
-        packed = pack([row.prompt for row in rows], [row.cameras for row in rows])
         trees = [row.tree for row in rows]
+        # Guesses take what the prompt leaves; a list must be there as a whole.
+        room = [0 if row.entries is None else row.tree.used for row in rows]
+        packed = pack([row.prompt for row in rows], [row.cameras for row in rows], text_slots(self._decoder.guesses), room)
         if isinstance(self._decoder, Decoder):
             answers = self._said_freely(rows, self._decoder(packed, max_tokens, trees))
         else:
@@ -422,7 +420,7 @@ class SubtaskGenerator:
                 "logprob": float(decoded.logprob[row]),
                 "margin": float(decoded.margin[row]),
                 "decode_steps": int(decoded.decode_steps[row]),
-                "drafted_tokens": rows[row].tree.used,
+                "drafted_tokens": int(decoded.drafted[row]),
                 "accepted_tokens": int(decoded.accepted[row]),
             }
             for row in range(len(rows))
@@ -493,16 +491,24 @@ def _reply(subtask: Subtask) -> dict[str, Any]:
     return {"subtask": reply}
 
 
-def pack(prompts: Sequence[TokenizedPrompt], cameras: Sequence[Sequence[NDArray[np.float32]]]) -> Prefix:
-    """Rows → the arrays of one program: the smallest prompt bucket and camera count that hold all rows, a power of two of rows.
+def pack(
+    prompts: Sequence[TokenizedPrompt],
+    cameras: Sequence[Sequence[NDArray[np.float32]]],
+    slots: Sequence[int] = text_slots(0),
+    room: Sequence[int] = (),
+) -> Prefix:
+    """Rows → the arrays of one program: the fewest text slots and cameras that hold all rows, a power of two of rows.
 
     Rows that fill up the batch repeat the last one, so they never make the loop run longer.
+
+    Args:
+        slots: how many text slots there may be, ascending.
+        room: how many of them a row needs behind its prompt; none: 0.
     """
+    longest = max(len(prompt.ids) + behind for prompt, behind in zip(prompts, room or [0] * len(prompts), strict=True))
     fill = _program_batch(len(prompts)) - len(prompts)
     prompts, cameras = [*prompts, *[prompts[-1]] * fill], [*cameras, *[cameras[-1]] * fill]
-    longest = max(len(prompt.ids) for prompt in prompts)
-    slots = next(bucket for bucket in PROMPT_BUCKETS if bucket >= longest)
-    padded = [prompt.padded(slots) for prompt in prompts]
+    enough = next(count for count in slots if count >= longest)
     count = max(len(row) for row in cameras)
     # What a masked slot holds is never seen; black is what openpi puts there.
     images = np.full((len(cameras), count, IMAGE_SIZE, IMAGE_SIZE, 3), -1, np.float32)
@@ -512,8 +518,8 @@ def pack(prompts: Sequence[TokenizedPrompt], cameras: Sequence[Sequence[NDArray[
     return Prefix(
         images=images,
         image_mask=np.array([[slot < len(row) for slot in range(count)] for row in cameras]),
-        tokens=np.stack([ids for ids, _ in padded]),
-        token_mask=np.stack([mask for _, mask in padded]),
+        tokens=np.stack([prompt.padded(enough)[0] for prompt in prompts]),
+        lengths=np.array([len(prompt.ids) for prompt in prompts], np.int32),
     )
 
 

@@ -23,7 +23,8 @@ KEPT: Final = 32
 """Pictures that are remembered, with 0.6 MB each on the host, and 1 MB on the device at full size in bfloat16."""
 
 AT_ONCE: Final = (8, 4, 2, 1)
-"""How many pictures a program encodes; three take the one for two and the one for one."""
+"""How many pictures a program of an accelerator encodes; three take the one for two and the one for one. On a CPU several at once are hardly faster than one
+after the other (a tenth, measured), so it has the program for one, and no other to compile."""
 
 _SAMPLE_STEP = 997
 """Two pictures are compared in full only if every so many of their values are equal."""
@@ -42,6 +43,7 @@ class ImageEncoder:
         self._params = params
         self._dims = dims
         self._dtype = jnp.dtype(dtype)
+        self._at_once = AT_ONCE if jax.default_backend() != "cpu" else AT_ONCE[-1:]
         self._programs: dict[int, Any] = {}
         self._known: OrderedDict[bytes, tuple[Image, jax.Array]] = OrderedDict()
         self.encoded = self.reused = 0
@@ -50,7 +52,7 @@ class ImageEncoder:
 
     def programs_for(self, images: int) -> list[Callable[[], None]]:
         """What compiles the programs that up to ``images`` pictures at once need and that are not there yet."""
-        return [functools.partial(self._compile, count) for count in AT_ONCE if count <= images and count not in self._programs]
+        return [functools.partial(self._compile, count) for count in self._at_once if count <= images and count not in self._programs]
 
     def __call__(self, images: Sequence[Image]) -> list[jax.Array]:
         """Tokens ``[T, W]`` of each picture ``[224, 224, 3]`` in [-1, 1]; pictures that are equal, now or lately, are encoded once."""
@@ -82,7 +84,7 @@ class ImageEncoder:
     def _encode(self, images: Sequence[Image]) -> list[jax.Array]:
         tokens: list[jax.Array] = []
         while left := images[len(tokens) :]:
-            count = next(count for count in AT_ONCE if count <= len(left))
+            count = next(count for count in self._at_once if count <= len(left))
             if count not in self._programs:
                 self._compile(count)
             tokens += self._programs[count](self._params, images=np.stack(left[:count]))

@@ -60,15 +60,19 @@ def subtask_hidden(language: gemma.GemmaParams, vision: siglip.SiglipParams, dim
     tokens = jnp.concatenate([batch.prompt, given], axis=1)
     images = siglip.encode_images(vision, dims.vision, pixels(batch.images), jnp.dtype(jnp.float32))
     x = jnp.concatenate([images, gemma.embed_tokens(language, tokens)], axis=1)
-    mask = jnp.concatenate([jnp.ones(images.shape[:2], jnp.bool_), batch.prompt != PAD_ID], axis=1)
-    # An answer is padded on the right only, so no token of it sees padding.
+    asked = batch.prompt != PAD_ID
+    before, length = images.shape[1], asked.sum(-1, keepdims=True)
     order = jnp.arange(given.shape[1])
-    sees = jnp.broadcast_to(order <= order[:, None], (len(given), *order.shape, *order.shape))
-    text = jnp.broadcast_to(jnp.arange(images.shape[1], x.shape[1]), tokens.shape)
-    hidden, _ = gemma.prefix_pass(language, dims, x, mask, text, sees)
+    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(before + slots), (len(x), before + slots)), before + length + order], axis=1)
+    prefix = jnp.concatenate([jnp.ones(images.shape[:2], jnp.bool_), asked], axis=1)
+    # Images and prompt see each other; an answer, which is padded on the right only, sees both and itself up to each token.
+    visible = jnp.zeros((len(x), x.shape[1], x.shape[1]), jnp.bool_)
+    visible = visible.at[:, :, : before + slots].set(prefix[:, None])
+    visible = visible.at[:, before + slots :, before + slots :].set(order <= order[:, None])
+    text = jnp.broadcast_to(jnp.arange(before, x.shape[1]), tokens.shape)
+    hidden, _ = gemma.prefix_pass(language, dims, x, positions, visible, text, x.shape[1])
     hidden = gemma.final_norm(language, hidden)
-    last = (batch.prompt != PAD_ID).sum(-1) - 1
-    first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    first = jnp.take_along_axis(hidden, length[..., None] - 1, axis=1)
     return hidden[:, :slots], jnp.concatenate([first, hidden[:, slots:]], axis=1)
 
 

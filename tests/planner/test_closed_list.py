@@ -59,7 +59,7 @@ def test_a_tree_is_read_as_a_recomputation_reads_it() -> None:
     entries = closed_list(texts, lambda text: [tokens[letter] for letter in text], allowed)
     prompts, cameras = [prompt(2, 5, 7), prompt(2, 9, 11, 13)], [random_images(2), random_images(1, seed=1)]
     reader = TreeReader(params, dims, guesses=12)
-    reading = reader(pack(prompts, cameras), [entries.tree.padded(12)])
+    reading = reader(pack(prompts, cameras), [entries.tree])
     oracle = Oracle(source, dims)
     for row in range(2):
         seen = np.concatenate([oracle.encode_image(image) for image in cameras[row]])

@@ -11,7 +11,7 @@ import pytest
 from pi0.param_tree import BackboneDims, ExpertDims, VisionDims
 from pi0.prompt import MAX_GENERATION_TOKENS
 from pi0.tokenizer import TokenizedPrompt
-from planner.decoder import Decoder, Guesses, Prefix, choose, read_prefix
+from planner.decoder import Decoder, Prefix, choose, read_prefix, text_slots
 from planner.generator import pack
 from planner.observation import prepare_cameras
 from planner.restore import restore, restore_from
@@ -39,16 +39,14 @@ def random_images(count: int, seed: int = 0) -> list[Any]:
 def test_first_logits_match_openpi_flash_over_the_whole_vocabulary() -> None:
     params, dims = restore(CHECKPOINTS / "pi05_orbax", ALL_PIECES, np.dtype(np.float32))
     decoder = Decoder(params, dims)
-    nothing = Guesses(np.empty((1, 0), np.int32), np.empty((1, 0), np.int32), np.empty((1, 0, 0), np.bool_))
     with jax.default_matmul_precision("highest"):
-        read = jax.jit(functools.partial(read_prefix, dims=dims))
+        read = jax.jit(functools.partial(read_prefix, dims=dims, nodes=0))
         for case in CASES:
             stored = arrays(case["name"])
             cameras = np.stack(prepare_cameras(images(case["name"]), "grey"))[None]
-            prefix = Prefix(
-                images=cameras, image_mask=np.ones((1, 3), bool), tokens=stored["prompt_tokens"][None], token_mask=stored["prompt_mask"][None]
-            )
-            hidden, _, _ = read(params, prefix=decoder.encode(prefix), guesses=nothing)
+            length = stored["prompt_mask"].sum(keepdims=True)
+            prefix = Prefix(images=cameras, image_mask=np.ones((1, 3), bool), tokens=stored["prompt_tokens"][None], lengths=length)
+            hidden, _ = read(params, prefix=decoder.encode(prefix))
             logits = np.asarray(hidden[0, 0]) @ np.asarray(params.head).T
             np.testing.assert_allclose(logits, stored["first_logits"], atol=2e-4, err_msg=case["name"])
 
@@ -134,6 +132,25 @@ def test_a_draft_is_cut_to_the_limit_and_to_the_tree() -> None:
         decoded = decoder(prefix, limit, [decoder.tree([answer], limit)])
         assert decoded.tokens[0, :limit].tolist() == answer[:limit] and not decoded.tokens[0, limit:].any()
         assert (decoded.length[0], decoded.accepted[0], decoded.decode_steps[0]) == (limit, kept, limit - kept - 1)
+
+
+def test_guesses_take_what_the_prompt_leaves() -> None:
+    dims = ODD_SIZES["one layer, wide heads"]
+    params, _ = restore_from(RandomParams(dims, seed=7), np.arange(2, dims.vocab_size, dtype=np.int32), np.dtype(np.float32), where="random")
+    decoder, plain = Decoder(params, dims, guesses=6), Decoder(params, dims)
+    for length, room in ((42, 6), (43, 5), (47, 1), (48, 0), (49, 6)):
+        prefix = pack([prompt(2, *range(3, 2 + length))], [random_images(1)], text_slots(6))
+        assert prefix.tokens.shape[1] == (48 if length <= 48 else 206)
+        expected = plain(prefix, 12)
+        decoded = decoder(prefix, 12, [decoder.tree([expected.tokens[0].tolist()], 12)])
+        np.testing.assert_array_equal(decoded.tokens, expected.tokens)
+        assert decoded.drafted[0] == decoded.accepted[0] == room
+
+
+def test_a_list_that_does_not_fit_behind_a_short_prompt_takes_more_slots() -> None:
+    short, long = text_slots(256)
+    for length, nodes, expected in ((32, 256, short), (33, 256, long), (60, 100, short), (200, 256, long)):
+        assert pack([prompt(*range(2, 2 + length))], [random_images(1)], (short, long), [nodes]).tokens.shape == (1, expected)
 
 
 def test_the_buffer_holds_the_longest_answer() -> None:

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.drafts import NO_TOKEN, DraftTable, TokenTree, clauses, token_tree
+from pi0.tokenizer import EOS_ID
+from planner.drafts import NO_TOKEN, DraftTable, TokenTree, agreed, clauses, token_tree
 
 Sequences = st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=6)
 
@@ -36,6 +37,26 @@ def test_a_node_sees_its_ancestors_and_itself(sequences: list[list[int]], nodes:
             assert parent < min(line), "a node comes after its parent"
             line.add(parent)
         assert set(np.flatnonzero(tree.sees[node])) == line
+
+
+@given(Sequences, st.integers(0, 12), st.integers(0, 14))
+def test_its_first_nodes_are_the_tree_of_fewer_nodes(sequences: list[list[int]], nodes: int, fewer: int) -> None:
+    first, expected = token_tree(sequences, nodes).first(fewer), token_tree(sequences, min(nodes, fewer))
+    for name in ("tokens", "parents", "sees"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(expected, name))
+
+
+@given(Sequences, st.integers(0, 12), st.lists(st.integers(0, 3), min_size=13, max_size=13))
+def test_what_is_agreed_is_the_way_that_greedy_decoding_takes(sequences: list[list[int]], nodes: int, said: list[int]) -> None:
+    tree = token_tree(sequences, nodes)
+    spelled = paths(tree)
+    way: list[int] = []
+    while said[way[-1] + 1 if way else 0] != EOS_ID:
+        answer = (*(spelled[way[-1]] if way else ()), said[way[-1] + 1 if way else 0])
+        if answer not in spelled:
+            break
+        way.append(spelled.index(answer))
+    assert agreed(tree, said) == way
 
 
 def test_the_previous_answer_comes_first_and_what_followed_it_second() -> None:

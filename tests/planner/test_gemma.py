@@ -15,10 +15,10 @@ from tests.planner.golden_planner import ALL_PIECES, arrays, model_images
 
 
 def run_prefix(params: Any, prefix: EncodedPrefix, *, dims: Any) -> tuple[Any, ...]:
-    x, mask = embed_prefix(params, dims, prefix, params.language.embedding.dtype)
-    everywhere = np.broadcast_to(np.arange(x.shape[1]), mask.shape)
-    hidden, cache = gemma.prefix_pass(params.language, dims, x, mask, everywhere)
-    return x, mask, gemma.final_norm(params.language, hidden), cache
+    x, visible = embed_prefix(params, dims, prefix)
+    everywhere = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    hidden, cache = gemma.prefix_pass(params.language, dims, x, prefix.positions, visible, everywhere, x.shape[1])
+    return x, visible[:, 0], gemma.final_norm(params.language, hidden), cache
 
 
 @pytest.mark.parametrize("model", ["pi05", "pi0"])
@@ -26,7 +26,7 @@ def test_prefix_pass_matches_openpi_at_every_valid_position(model: str) -> None:
     params, dims = restore(CHECKPOINTS / f"{model}_orbax", ALL_PIECES, np.dtype(np.float32))
     case = arrays(f"{model}_b1_f32", "model")
     images, image_mask = model_images(case)
-    prefix = Decoder(params, dims).encode(Prefix(images=images, image_mask=image_mask, tokens=case["tokens"], token_mask=case["token_mask"]))
+    prefix = Decoder(params, dims).encode(Prefix(images=images, image_mask=image_mask, tokens=case["tokens"], lengths=case["token_mask"].sum(-1)))
     with jax.default_matmul_precision("highest"):
         x, mask, hidden, cache = jax.jit(functools.partial(run_prefix, dims=dims))(params, prefix)
     np.testing.assert_array_equal(mask, case["prefix_mask"])
@@ -43,7 +43,7 @@ def test_masked_cameras_in_a_batch_change_no_valid_key() -> None:
     case = arrays("pi05_b3_f32", "model")
     images, image_mask = model_images(case)
     assert not image_mask.all(), "the case must have a masked camera"
-    prefix = Decoder(params, dims).encode(Prefix(images=images, image_mask=image_mask, tokens=case["tokens"], token_mask=case["token_mask"]))
+    prefix = Decoder(params, dims).encode(Prefix(images=images, image_mask=image_mask, tokens=case["tokens"], lengths=case["token_mask"].sum(-1)))
     with jax.default_matmul_precision("highest"):
         _, mask, _, cache = jax.jit(functools.partial(run_prefix, dims=dims))(params, prefix)
     tail = case["kv_k_last"].shape[1]
@@ -75,10 +75,11 @@ def test_what_is_read_of_the_last_block_is_what_all_of_it_would_say() -> None:
     params, dims = restore(CHECKPOINTS / "pi05_orbax", ALL_PIECES, np.dtype(np.float32))
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 12, dims.vlm.width), np.float32)
-    mask, sees = np.array([[True] * 8, [True] * 5 + [False] * 3]), np.broadcast_to(np.tril(np.ones((4, 4), np.bool_)), (2, 4, 4))
+    visible = np.broadcast_to(np.tril(np.ones((12, 12), np.bool_)), (2, 12, 12)) | (np.arange(12) < [[[8]], [[5]]])
+    positions = np.array([np.arange(12), [*range(8), *range(5, 9)]])
     read = np.array([[7, 9, 0], [4, 11, 8]])
     everywhere = np.broadcast_to(np.arange(12), (2, 12))
-    whole, cache = gemma.prefix_pass(params.language, dims, x, mask, everywhere, sees)
-    some, same = gemma.prefix_pass(params.language, dims, x, mask, read, sees)
+    whole, cache = gemma.prefix_pass(params.language, dims, x, positions, visible, everywhere, 15)
+    some, same = gemma.prefix_pass(params.language, dims, x, positions, visible, read, 15)
     np.testing.assert_allclose(some, np.take_along_axis(np.asarray(whole), read[..., None], axis=1), atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, cache, same)

@@ -21,8 +21,7 @@ from pi0.orbax import OrbaxParams
 from pi0.param_tree import backbone_dims, is_action_leaf
 from pi0.tokenizer import PromptTokenizer
 from planner import Subtask, SubtaskGenerator
-from planner.decoder import Prefix
-from planner.drafts import NODES_PER_DRAFT
+from planner.decoder import Prefix, text_slots
 from planner.generator import pack
 from planner.observation import prepare_cameras
 from tests.golden_data import CHECKPOINTS, TOKENIZER
@@ -31,6 +30,7 @@ from tests.planner.oracle import Oracle
 
 PIXELS = np.zeros((224, 224, 3), np.uint8)
 LONG_PROMPT = "pick up the cup " * 60
+SHORT, LONG = text_slots(0)
 _CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
 SHORT_CASES = ["case_03", "case_06", "case_13", "case_15"]
 
@@ -201,14 +201,14 @@ def test_prompt_buckets_change_no_token(flash: SubtaskGenerator) -> None:
     together = flash.generate_batch([CASE["case_15"]["prompt"], LONG_PROMPT], [images("case_15"), {}], max_generation_tokens=20)
     assert together[0].token_ids == alone.token_ids
     assert together[0].logprob == pytest.approx(alone.logprob, abs=2e-3)
-    assert {(1, 3, 48), (2, 3, 200)} <= set(flash._decoder.programs)
+    assert {(1, 3, SHORT), (2, 3, LONG)} <= set(flash._decoder.programs)
 
 
 def test_nothing_is_compiled_after_warmup_whatever_the_limit(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "_max_rows", generator._max_rows)
     generator.warmup()
     single = {program for program in generator._decoder.programs if program[0] == 1}
-    assert single == {(1, cameras, slots) for cameras in (1, 2, 3) for slots in (48, 200)}
+    assert single == {(1, cameras, slots) for cameras in (1, 2, 3) for slots in (SHORT, LONG)}
     long = " ".join(["cup"] * 60)
     with counted_compilations() as compiled:
         lengths = [len(generate_case(generator, "case_04", max_generation_tokens=limit).token_ids) for limit in (1, 2, 7, 256)]
@@ -227,7 +227,7 @@ def test_nothing_is_compiled_after_warmup_whatever_the_limit(generator: SubtaskG
 def test_nothing_is_compiled_after_warmup_whatever_the_batch(generator: SubtaskGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "_max_rows", generator._max_rows)
     generator.warmup(max_batch=2)
-    assert set(generator._decoder.programs) >= {(batch, count, slots) for batch in (1, 2) for count in (1, 2, 3) for slots in (48, 200)}
+    assert set(generator._decoder.programs) >= {(batch, count, slots) for batch in (1, 2) for count in (1, 2, 3) for slots in (SHORT, LONG)}
     names = ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
     rng = np.random.default_rng(0)
     rows = [
@@ -248,7 +248,7 @@ def test_warmup_of_grey_mode_needs_three_cameras_only(flash: SubtaskGenerator, m
     monkeypatch.setattr(flash, "_max_rows", flash._max_rows)
     flash.warmup(max_batch=3)
     programs = set(flash._decoder.programs)
-    assert programs >= {(batch, 3, slots) for batch in (1, 2, 4) for slots in (48, 200)}
+    assert programs >= {(batch, 3, slots) for batch in (1, 2, 4) for slots in (SHORT, LONG)}
     assert {cameras for _, cameras, _ in programs} == {3}
     with counted_compilations() as compiled:
         for tasks in (["pick", "go", "put it down"], ["pick", LONG_PROMPT, "go"]):
@@ -262,7 +262,7 @@ def test_a_robot_with_fewer_cameras_has_fewer_programs(monkeypatch: pytest.Monke
     monkeypatch.setattr(generator._decoder, "compile", shapes.extend)
     monkeypatch.setattr(generator, "generate", lambda prompt, images: shapes.append(tuple(images)))
     generator.warmup()
-    assert shapes == [(1, 1, 48), (1, 1, 200), (1, 2, 48), (1, 2, 200), ("base_0_rgb", "left_wrist_0_rgb")]
+    assert shapes == [(1, 1, SHORT), (1, 1, LONG), (1, 2, SHORT), (1, 2, LONG), ("base_0_rgb", "left_wrist_0_rgb")]
     monkeypatch.undo()
     three = dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), PIXELS)
     message = r"images: has 3 cameras \(base_0_rgb, left_wrist_0_rgb, right_wrist_0_rgb\), but planner.cameras allows 2; raise it"
@@ -278,10 +278,10 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path: Path) -> None
     compilation_cache.reset_cache()  # jax opens it once per process
     try:
         generator = load(cameras=1, compilation_cache=tmp_path / "compiled")
-        generator._decoder.compile([(1, 1, 48)])
+        generator._decoder.compile([(1, 1, SHORT)])
         assert any((tmp_path / "compiled").iterdir()) and not hits
         jax.clear_caches()  # as a new process begins
-        load(cameras=1, compilation_cache=tmp_path / "compiled")._decoder.compile([(1, 1, 48)])
+        load(cameras=1, compilation_cache=tmp_path / "compiled")._decoder.compile([(1, 1, SHORT)])
         assert hits
     finally:
         active = False
@@ -314,7 +314,7 @@ def test_a_preview_is_what_the_model_reads(generator: SubtaskGenerator, monkeypa
     assert not read
     generator.generate("Pick up the cup.", {"base_0_rgb": PIXELS}, generation_prompt_format="Task: {task}. Subtask: ", max_generation_tokens=1)
     assert preview["text"] == "Task: pick up the cup. Subtask: "
-    assert preview["token_ids"] == read[0].tokens[read[0].token_mask].tolist()
+    assert preview["token_ids"] == read[0].tokens[0, : read[0].lengths[0]].tolist()
     assert (preview["tokens"], preview["max_tokens"], preview["not_fitting"]) == (len(preview["token_ids"]), 200, "")
     # No format is applied to what is finished already.
     assert generator.preview_prompt("{task}")["text"] == "{task}"

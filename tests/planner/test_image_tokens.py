@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from planner import image_tokens, siglip
-from planner.image_tokens import KEPT, ImageEncoder
+from planner.image_tokens import AT_ONCE, KEPT, ImageEncoder
 from planner.restore import restore_from
 from tests.planner.oracle import RandomParams
 from tests.planner.test_decoder import ODD_SIZES, random_images
@@ -19,7 +19,9 @@ def encoder() -> ImageEncoder:
     return ImageEncoder(params.vision, DIMS.vision, DIMS.vlm.width, np.float32)
 
 
-def test_each_picture_is_encoded_as_alone_and_once(encoder: ImageEncoder) -> None:
+@pytest.mark.parametrize("at_once", [AT_ONCE[-1:], AT_ONCE])
+def test_each_picture_is_encoded_as_alone_and_once(encoder: ImageEncoder, at_once: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_at_once", at_once)
     images = random_images(5)
     params, _ = restore_from(RandomParams(DIMS), np.array([1, 2], np.int32), np.dtype(np.float32), where="random")
     with jax.default_matmul_precision("highest"):
