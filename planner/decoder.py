@@ -183,7 +183,7 @@ def choose(params: PlannerParams, hidden: jax.Array) -> Choice:
     logits = jnp.einsum("...w,aw->...a", hidden, params.head, preferred_element_type=jnp.float32)
     best, top = jnp.argmax(logits, axis=-1), logits.max(-1)
     others = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
-    return Choice(params.head_ids[best], top - jax.nn.logsumexp(logits, axis=-1), top - others.max(-1))
+    return Choice(params.head_ids[best], -jnp.log(jnp.exp(logits - top[..., None]).sum(-1)), top - others.max(-1))
 
 
 def read(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix, *, nodes: int, capacity: int) -> tuple[Choice, gemma.KeysValues]:

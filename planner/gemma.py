@@ -176,22 +176,26 @@ def _keys_values(dims: BackboneDims, projected: jax.Array, turn: Turn) -> tuple[
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """What T queries ``[B, T, K, N/K, H]`` gather from S keys and values ``[B, S, K, H]``, each from those ``visible`` ``[B, T or 1, S]`` to it.
+    """What T queries ``[B, T, K, N/K, H]`` gather from S keys and values ``[B, S, K, H]``, each from those ``visible`` ``[B, T, S]`` to it.
 
     On a CPU in pieces whose logits stay in its cache, half the time of all at once; an accelerator would rather have few large operations.
     """
-    batch, length, kv_heads, group, _ = query.shape
+    batch, length, kv_heads, group, head_dim = query.shape
 
     def piece(query: jax.Array, visible: jax.Array) -> jax.Array:
-        logits = jnp.where(visible[:, None, :, None, :], _logits(query, key), _MASKED_LOGIT)
-        return _attend(jax.nn.softmax(logits, axis=-1).astype(query.dtype), value).astype(query.dtype)
+        # Queries of all heads in one axis: with them apart, XLA would turn the weights around before it multiplies by them.
+        rows = query.swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
+        logits = jnp.einsum("bkqh,bskh->bkqs", rows, key, preferred_element_type=jnp.float32)
+        seen = jnp.repeat(visible[:, None], group, axis=2)
+        weights = jax.nn.softmax(jnp.where(seen, logits, _MASKED_LOGIT), axis=-1).astype(query.dtype)
+        attended = jnp.einsum("bkqs,bskh->bkqh", weights, value, preferred_element_type=jnp.float32).astype(query.dtype)
+        return attended.reshape(batch, kv_heads, -1, group, head_dim).swapaxes(1, 2)
 
     of_one_query = kv_heads * group * key.shape[1]
     if jax.default_backend() != "cpu" or length * of_one_query <= _LOGITS_IN_CACHE:
         return piece(query, visible)
     size = max(_FEWEST_QUERIES, _LOGITS_IN_CACHE // (batch * of_one_query))
     pieces = -(-length // size)
-    visible = jnp.broadcast_to(visible, (batch, length, key.shape[1]))
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, 0), (0, pieces * size - length), *((0, 0),) * (x.ndim - 2)))
@@ -199,14 +203,6 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.
 
     attended = lax.map(lambda inputs: piece(*inputs), (cut(query), cut(visible)))
     return attended.swapaxes(0, 1).reshape(batch, pieces * size, *query.shape[2:])[:, :length]
-
-
-def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.einsum("btkgh,bskh->bktgs", query, key, preferred_element_type=jnp.float32)
-
-
-def _attend(weights: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.einsum("bktgs,bskh->btkgh", weights, value, preferred_element_type=jnp.float32)
 
 
 def _finish_block(block: GemmaBlockParams, x: jax.Array, attended: jax.Array) -> jax.Array:

@@ -53,13 +53,12 @@ def test_masked_cameras_in_a_batch_change_no_valid_key() -> None:
     np.testing.assert_allclose(np.asarray(cache.values)[-1][:, -tail:][valid], case["kv_v_last"][valid], atol=2e-4)
 
 
-@pytest.mark.parametrize("own_view", [False, True])
-def test_attention_in_pieces_is_attention(own_view: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_pieces_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     batch, queries, keys, kv_heads, group, size = 2, 45, 50, 2, 3, 16
     query = rng.standard_normal((batch, queries, kv_heads, group, size), np.float32)
     key, value = rng.standard_normal((2, batch, keys, kv_heads, size), np.float32)
-    visible = rng.random((batch, queries if own_view else 1, keys)) < 0.7
+    visible = rng.random((batch, queries, keys)) < 0.7
     visible[:, :, 0] = True
     whole = gemma._attention(query, key, value, visible)
     monkeypatch.setattr(gemma, "_LOGITS_IN_CACHE", 1)
