@@ -1,10 +1,10 @@
 """Images and prompt → tokens, with two compiled programs.
 
 :func:`read` is the pass over images and prompt. Guesses of the answer, as a tree of tokens, stand in the slots that the prompt leaves; what the model
-would say at the end of the prompt and after each of them is known after it. The guesses that it would have made itself are kept, and where they are the
-whole answer, nothing else runs. :func:`say` goes on behind the last one that is kept, token by token, and ends as soon as every row has emitted the end
-of text. Its length limit is a traced argument, so a live change of ``max_generation_tokens`` compiles nothing. The prompt does not see the guesses and
-each sees only those before it, so nothing depends on what was guessed but the work (docs/planner.md).
+would say at the end of the prompt and after each of them is known after it. The guesses that it would have made itself are kept, and where they are
+the whole answer, nothing else runs. :func:`say` goes on behind the last one that is kept, token by token, and ends as soon as every row has emitted
+the end of text. Its length limit is a traced argument, so a live change of ``max_generation_tokens`` compiles nothing. The prompt does not see the
+guesses and each sees only those before it, so nothing depends on what was guessed but the work (docs/planner.md).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _NODES_AT_ONCE = 64
 
 
 def text_slots(nodes: int) -> tuple[int, int]:
-    """Text slots that programs are compiled for, with trees of at most ``nodes``: one for the usual short prompt, with all of its nodes if it has at
-    most 32 tokens, and one for the longest. More sizes would mostly add compile time: what is saved by 16 fewer is 2 % of the pass with three cameras."""
+    """Text slots that programs are compiled for, with trees of at most ``nodes``: for short prompts, which leave room for all nodes up to 32 tokens,
+    and for the longest. More sizes would mostly add compile time: 16 slots fewer are 2 % of the pass with three cameras."""
     return max(48, 32 + nodes), PLANNER_MAX_TOKENS + nodes
 
 
@@ -150,8 +150,8 @@ class Said:
 
 
 def embed_prefix(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix) -> tuple[jax.Array, jax.Array]:
-    """``[B, S, W]`` image tokens, camera after camera, then text; which of them each attends to ``[B, S, S]`` (reference/model.md §5.2): images all of
-    images and prompt, text also what :class:`Text` says."""
+    """``[B, S, W]`` image tokens, camera after camera, then text; which of them each attends to, ``[B, S, S]`` (reference/model.md §5.2): all to
+    images and prompt, text also to what :class:`Text` says."""
     text = prefix.text
     images = jnp.stack([jnp.concatenate(row) for row in prefix.image_tokens])
     image_mask = jnp.repeat(prefix.image_mask, dims.vision.tokens, axis=1)
@@ -162,7 +162,9 @@ def embed_prefix(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefi
     return jnp.concatenate([images, gemma.embed_tokens(params.language, text.tokens).astype(images.dtype)], axis=1), visible
 
 
-def read_prefix(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix, nodes: int, capacity: int | None = None) -> tuple[jax.Array, gemma.KeysValues]:
+def read_prefix(
+    params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix, nodes: int, capacity: int | None = None
+) -> tuple[jax.Array, gemma.KeysValues]:
     """The prefix pass.
 
     Returns:
@@ -202,7 +204,8 @@ def say(
     position: jax.Array,
     max_tokens: jax.Array,
 ) -> tuple[Said, gemma.KeysValues]:
-    """Greedy decoding from ``token`` ``[B]`` on, the ``length``-th of its row, until each row has said the end of text or ``max_tokens`` (scalar) tokens.
+    """Greedy decoding from ``token`` ``[B]`` on, the ``length``-th of its row, until each row has said the end of text or ``max_tokens`` (scalar)
+    tokens.
 
     Args:
         cache: of :func:`read`, with room for ``MAX_GENERATION_TOKENS`` tokens behind what was read.
@@ -259,7 +262,7 @@ class TreeReading:
 
 
 def read_tree(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix, tokens: jax.Array, parents: jax.Array) -> TreeReading:
-    """The prefix pass alone, with trees of ``tokens`` and ``parents`` ``[B, N]`` in the text. Every used node and the end of text are allowed tokens."""
+    """The prefix pass alone, with trees of ``tokens`` and ``parents`` ``[B, N]`` in the text; these and the end of text are allowed tokens."""
     hidden, _ = read_prefix(params, dims, prefix, tokens.shape[1])
 
     def normaliser(hidden: jax.Array) -> jax.Array:
@@ -472,7 +475,8 @@ class TreeReader(_Programs):
     """Compiled :func:`read_tree`."""
 
     def __call__(self, prefix: Prefix, trees: Sequence[TokenTree]) -> TreeReading:
-        """How likely the nodes of each row's tree are, on the host; all of them must fit behind its prompt. The last tree is also that of the rows beyond."""
+        """How likely the nodes of each row's tree are, on the host. All of them must fit behind its prompt; the last tree is also that of the rows
+        beyond."""
         program = self._program(prefix)
         batch = len(prefix.tokens)
         trees = [*trees, *[trees[-1]] * (batch - len(trees))]

@@ -194,15 +194,14 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.
     of_one_query = kv_heads * group * key.shape[1]
     if jax.default_backend() != "cpu" or length * of_one_query <= _LOGITS_IN_CACHE:
         return piece(query, visible)
-    size = max(_FEWEST_QUERIES, _LOGITS_IN_CACHE // (batch * of_one_query))
-    pieces = -(-length // size)
+    size = min(length, max(_FEWEST_QUERIES, _LOGITS_IN_CACHE // (batch * of_one_query)))
 
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, pieces * size - length), *((0, 0),) * (x.ndim - 2)))
-        return padded.reshape(batch, pieces, size, *x.shape[2:]).swapaxes(0, 1)
+    def with_piece(number: jax.Array, attended: jax.Array) -> jax.Array:
+        first = jnp.minimum(number * size, length - size)  # the last one begins in the one before, so that all are of one size
+        own = (lax.dynamic_slice_in_dim(tokens, first, size, axis=1) for tokens in (query, visible))
+        return lax.dynamic_update_slice_in_dim(attended, piece(*own), first, axis=1)
 
-    attended = lax.map(lambda inputs: piece(*inputs), (cut(query), cut(visible)))
-    return attended.swapaxes(0, 1).reshape(batch, pieces * size, *query.shape[2:])[:, :length]
+    return lax.fori_loop(0, -(-length // size), with_piece, jnp.zeros_like(query))
 
 
 def _finish_block(block: GemmaBlockParams, x: jax.Array, attended: jax.Array) -> jax.Array:

@@ -205,8 +205,13 @@ class SubtaskGenerator:
             raise ConfigError("subtasks: a list is only used with decode 'trie' or 'score'; set one of them, or leave the list out")
         entries = None if subtasks is None else closed_list(subtasks, pieces.encode, np.asarray(params.head_ids))
         nodes = max(LIST_NODES, 0 if entries is None else len(entries.tree.tokens))
+        decoder = (
+            Decoder(params, dims, guesses=drafts * NODES_PER_DRAFT, cameras=cameras or len(MODEL_CAMERAS))
+            if decode == "free"
+            else TreeReader(params, dims, guesses=nodes)
+        )
         return cls(
-            Decoder(params, dims, guesses=drafts * NODES_PER_DRAFT, cameras=cameras or len(MODEL_CAMERAS)) if decode == "free" else TreeReader(params, dims, guesses=nodes),
+            decoder,
             pieces,
             max_generation_tokens=max_generation_tokens,
             generation_prompt_format=generation_prompt_format,

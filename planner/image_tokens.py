@@ -23,8 +23,8 @@ KEPT: Final = 32
 """Pictures that are remembered, with 0.6 MB each on the host, and 1 MB on the device at full size in bfloat16."""
 
 AT_ONCE: Final = (8, 4, 2, 1)
-"""How many pictures a program of an accelerator encodes; three take the one for two and the one for one. On a CPU several at once are hardly faster than one
-after the other (a tenth, measured), so it has the program for one, and no other to compile."""
+"""How many pictures a program of an accelerator encodes; three take the one for two and the one for one. On a CPU several at once are hardly faster
+than one after the other (by a tenth), so it has the program for one, and no other to compile."""
 
 _SAMPLE_STEP = 997
 """Two pictures are compared in full only if every so many of their values are equal."""

@@ -72,11 +72,10 @@ def drafts(rng: np.random.Generator, answer: list[int], vocabulary: int) -> tupl
 
 
 def prefixes(rng: np.random.Generator, dims: BackboneDims, rows: int) -> Prefix:
-    """Random prompts, some of which leave too few slots for all guesses, with one to three random pictures; the third camera's slot is always there, so
-    that two sizes of batch share a program."""
-    prompts = [
-        TokenizedPrompt(np.array([2, *rng.integers(3, dims.vocab_size, length)], np.int32), length + 1, False) for length in rng.integers(1, text_slots(NODES)[0], rows)
-    ]
+    """Random prompts, some of which leave too few slots for all guesses, with one to three random pictures; the third camera's slot is always there,
+    so that two sizes of batch share a program."""
+    lengths = rng.integers(1, text_slots(NODES)[0], rows)
+    prompts = [TokenizedPrompt(np.array([2, *rng.integers(3, dims.vocab_size, length)], np.int32), length + 1, False) for length in lengths]
     cameras = [list(rng.uniform(-1, 1, (count, 224, 224, 3)).astype(np.float32)) for count in (3, *rng.integers(1, 4, rows - 1))]
     return pack(prompts, cameras)
 

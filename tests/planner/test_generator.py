@@ -22,6 +22,7 @@ from pi0.param_tree import backbone_dims, is_action_leaf
 from pi0.tokenizer import PromptTokenizer
 from planner import Subtask, SubtaskGenerator
 from planner.decoder import Prefix, text_slots
+from planner.drafts import NODES_PER_DRAFT
 from planner.generator import pack
 from planner.observation import prepare_cameras
 from tests.golden_data import CHECKPOINTS, TOKENIZER
