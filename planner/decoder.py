@@ -298,7 +298,7 @@ class _Programs(ABC):
         return tuple(self._programs)
 
     def compile(self, shapes: Iterable[tuple[int, int, int]]) -> None:
-        """Compiles what is missing for batches of ``shapes`` (batch, cameras, text slots), side by side, as XLA keeps one core busy each."""
+        """Compiles what is missing for batches of ``shapes`` (batch, cameras, text slots), side by side: XLA keeps one or two cores busy each."""
         started = time.perf_counter()
         work = self._missing(list(shapes))
         if not work:
@@ -309,7 +309,7 @@ class _Programs(ABC):
         logger.info("compiled %d planner programs in %.1f s", len(work), time.perf_counter() - started)
 
     def _missing(self, shapes: Sequence[tuple[int, int, int]]) -> list[Callable[[], None]]:
-        """What compiles the programs for ``shapes`` that are not there yet, those that take longest first."""
+        """What compiles the programs for ``shapes`` that are not there yet."""
         missing = [shape for shape in shapes if shape not in self._programs]
         work: list[Callable[[], None]] = [functools.partial(self._compile, *shape) for shape in missing]
         return work + self.encoder.programs_for(max((batch * cameras for batch, cameras, _ in missing), default=0))

@@ -1,9 +1,8 @@
 """The language model: PaliGemma's Gemma, expert 0 of pi0 and pi0.5 (reference/model.md §4).
 
-Two passes share the weights. :func:`prefix_pass` reads images and prompt at once and returns the keys and values that every
-later token attends to; :func:`decode_pass` runs one token against those and against a preallocated buffer of the tokens
-generated so far, into which it writes in place. Layers run with one scan over the stacked leaves, so depth costs no compile
-time; only the last of the prefix pass, which computes less, stands apart.
+Two passes share the weights. :func:`prefix_pass` reads many tokens at once and leaves their keys and values in a preallocated
+cache; :func:`decode_pass` runs one token against that cache and writes its own there, in place. Layers run with one scan over
+the stacked leaves, so depth costs no compile time; only the last of the prefix pass, which computes less, stands apart.
 """
 
 from __future__ import annotations
