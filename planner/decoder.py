@@ -390,12 +390,10 @@ class Decoder(_Programs):
             trees: each row's guesses, of at most :attr:`guesses` nodes and less than ``max_tokens`` deep (see :meth:`tree`), of which those are
                 checked that fit behind its prompt; the last tree is also that of the rows beyond, and none is no guess.
         """
-        program = self._program(prefix)
         batch, slots = prefix.tokens.shape
         trees = [*trees, *[trees[-1] if trees else token_tree((), 0)] * (batch - len(trees))]
         trees = [tree.first(slots - int(length)) for tree, length in zip(trees, prefix.lengths, strict=True)]
-        choice, cache = program(self.params, prefix=self.encode(prefix, trees))
-        said = jax.device_get(choice)
+        said, cache = self.read(prefix, trees)
         paths = [agreed(tree, after) for tree, after in zip(trees, said.token.tolist(), strict=True)]
         accepted = np.array([len(path) for path in paths], np.int32)
         token = np.array([after[path[-1] + 1 if path else 0] for after, path in zip(said.token, paths, strict=True)], np.int32)
@@ -414,6 +412,11 @@ class Decoder(_Programs):
             logprob, margin = logprob + more.logprob, np.minimum(margin, more.margin)
         drafted = np.array([tree.used for tree in trees], np.int32)
         return Decoded(tokens, length, logprob, margin, drafted, accepted, length - accepted - 1, loop_steps)
+
+    def read(self, prefix: Prefix, trees: Sequence[TokenTree]) -> tuple[Choice, gemma.KeysValues]:
+        """:func:`read`; of each row a tree, which must fit behind its prompt. What is chosen is on the host."""
+        choice, cache = self._program(prefix)(self.params, prefix=self.encode(prefix, trees))
+        return jax.device_get(choice), cache
 
     def _say(
         self,

@@ -122,6 +122,14 @@ def test_drafts_change_nothing_but_the_work() -> None:
     assert tally.plain_steps - tally.steps == tally.accepted > 1000
 
 
+def test_in_bfloat16_answers_part_only_where_two_logits_are_as_good_as_equal() -> None:
+    """The short form of ``python -m tests.planner.drafted_decoding 5000 3 bfloat16``."""
+    tally = drafted_decoding.run(600, seed=3, batches=(8,), sizes=("two kv heads",), dtype="bfloat16")
+    assert tally.cases >= 600 and tally.accepted > 300
+    assert 0 < len(tally.different) < 0.05 * tally.cases, "none differs: choose another seed, so that the gap is looked at"
+    assert max(gap for _, _, gap in tally.different) < drafted_decoding.BFLOAT16_BOUND
+
+
 def test_a_draft_is_cut_to_the_limit_and_to_the_tree() -> None:
     dims = ODD_SIZES["one layer, wide heads"]
     params, _ = restore_from(RandomParams(dims, seed=7), np.arange(2, dims.vocab_size, dtype=np.int32), np.dtype(np.float32), where="random")
