@@ -1,4 +1,4 @@
-"""Images and prompt → tokens, with two compiled programs.
+"""Images and prompt → tokens, in compiled programs.
 
 :func:`read` is the pass over images and prompt. Guesses of the answer, as a tree of tokens, stand in the slots that the prompt leaves; what the model
 would say at the end of the prompt and after each of them is known after it. The guesses that it would have made itself are kept, and where they are
@@ -36,7 +36,7 @@ from planner.image_tokens import ImageEncoder
 
 logger = logging.getLogger(__name__)
 
-_NODES_AT_ONCE = 64
+_LOGIT_ROWS_AT_ONCE = 64
 
 
 def text_slots(nodes: int) -> tuple[int, int]:
@@ -269,7 +269,7 @@ def read_tree(params: PlannerParams, dims: BackboneDims, prefix: EncodedPrefix, 
         return jax.nn.logsumexp(jnp.einsum("...w,aw->...a", hidden, params.head, preferred_element_type=jnp.float32), axis=-1)
 
     # In pieces: all logits of a long list at once would take a gigabyte.
-    total = lax.map(normaliser, hidden.swapaxes(0, 1), batch_size=_NODES_AT_ONCE).T
+    total = lax.map(normaliser, hidden.swapaxes(0, 1), batch_size=max(1, _LOGIT_ROWS_AT_ONCE // len(hidden))).T
     parents = parents + 1
     said = params.head[jnp.searchsorted(params.head_ids, tokens)]
     after = jnp.take_along_axis(hidden, parents[..., None], axis=1)
@@ -317,8 +317,7 @@ class _Programs(ABC):
     def _program(self, prefix: Prefix) -> Any:
         batch, cameras = prefix.image_mask.shape
         shape = (batch, cameras, prefix.tokens.shape[1])
-        if shape not in self._programs:
-            self.compile([shape])
+        self.compile([shape])
         return self._programs[shape]
 
     def encode(self, prefix: Prefix, trees: Sequence[TokenTree] = ()) -> EncodedPrefix:
@@ -329,19 +328,19 @@ class _Programs(ABC):
         slots = tuple(tuple(tokens.get((row, slot), self.encoder.blank) for slot in range(cameras)) for row in range(batch))
         return EncodedPrefix(slots, prefix.image_mask, *_laid_out(prefix, trees, self.dims.vision.tokens))
 
-    def _compile(self, batch: int, cameras: int, text_slots: int) -> None:
+    def _compile(self, batch: int, cameras: int, slots: int) -> None:
         text = Text(
-            tokens=np.empty((batch, text_slots), np.int32),
+            tokens=np.empty((batch, slots), np.int32),
             lengths=np.empty(batch, np.int32),
-            sees=np.empty((batch, text_slots, text_slots), np.bool_),
+            sees=np.empty((batch, slots, slots), np.bool_),
         )
         prefix = EncodedPrefix(
             image_tokens=((self.encoder.blank,) * cameras,) * batch,
             image_mask=np.empty((batch, cameras), np.bool_),
             text=text,
-            positions=np.empty((batch, cameras * self.dims.vision.tokens + text_slots), np.int32),
+            positions=np.empty((batch, cameras * self.dims.vision.tokens + slots), np.int32),
         )
-        self._programs[batch, cameras, text_slots] = _compiled(self._lowered, prefix)
+        self._programs[batch, cameras, slots] = _compiled(self._lowered, prefix)
 
     @abstractmethod
     def _lowered(self, prefix: EncodedPrefix) -> Any:
@@ -454,6 +453,8 @@ class Decoder(_Programs):
         return self._readable + MAX_GENERATION_TOKENS
 
     def _lowered(self, prefix: EncodedPrefix) -> Any:
+        if (tokens := prefix.positions.shape[1]) > self._readable:
+            raise ValueError(f"a prefix has {tokens} tokens, but this decoder was made for {self._readable}: for fewer cameras or guesses")
         program = functools.partial(read, dims=self.dims, nodes=self.guesses, capacity=self._capacity)
         return jax.jit(program).lower(self.params, prefix=prefix)
 

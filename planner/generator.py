@@ -242,7 +242,8 @@ class SubtaskGenerator:
         self._max_rows = largest
         # A first run pays for what compiling does not: memory pools, kernels that are loaded on first use.
         blank = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        self.generate("warm up", dict.fromkeys(MODEL_CAMERAS[: self._max_cameras], blank))
+        listed = ["warm up"] if isinstance(self._decoder, TreeReader) and self._entries is None else None
+        self.generate("warm up", dict.fromkeys(MODEL_CAMERAS[: self._max_cameras], blank), subtasks=listed)
 
     def preview_prompt(self, prompt: str) -> dict[str, Any]:
         """What the model reads of a finished prompt: ``{"text": str, "token_ids": list[int], "tokens": int, "max_tokens": int, "not_fitting": str}``.

@@ -17,7 +17,7 @@ from tests.planner.golden_planner import CASE, images
 from tests.planner.listed_answers import ALLOWED, encode
 from tests.planner.oracle import Oracle, RandomParams
 from tests.planner.test_decoder import ODD_SIZES, prompt, random_images
-from tests.planner.test_generator import load
+from tests.planner.test_generator import counted_compilations, load
 
 LISTED = ["pick up the red block", "pick up the blue block", "pick up", "put it in the left bin", "all done"]
 
@@ -111,6 +111,15 @@ def test_a_request_brings_its_own_list() -> None:
     ]:
         with pytest.raises(ObservationError, match=re.escape(message)):
             generator.infer({**observation, "subtasks": subtasks})
+
+
+def test_warm_up_needs_no_list() -> None:
+    generator = load(decode="trie", cameras=1)
+    generator.warmup()
+    listed = {"prompt": "tidy up", "images": {"base_0_rgb": random_images(1)[0]}, "subtasks": LISTED}
+    with counted_compilations() as compiled:
+        assert generator.infer(listed)["subtask"]["text"] in LISTED
+    assert compiled == []
 
 
 def test_a_list_for_a_planner_that_decodes_freely() -> None:

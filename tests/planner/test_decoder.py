@@ -142,6 +142,28 @@ def test_a_draft_is_cut_to_the_limit_and_to_the_tree() -> None:
         assert (decoded.length[0], decoded.accepted[0], decoded.decode_steps[0]) == (limit, kept, limit - kept - 1)
 
 
+def test_a_prefix_for_which_a_decoder_was_not_made_is_refused() -> None:
+    dims = ODD_SIZES["one layer, wide heads"]
+    params, _ = restore_from(RandomParams(dims, seed=7), np.arange(2, dims.vocab_size, dtype=np.int32), np.dtype(np.float32), where="random")
+    with pytest.raises(ValueError, match="a prefix has 328 tokens, but this decoder was made for 264: for fewer cameras or guesses"):
+        Decoder(params, dims, cameras=1).compile([(1, 2, 200)])
+
+
+def test_a_loop_that_could_not_be_compiled_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dims = ODD_SIZES["one layer, wide heads"]
+    params, _ = restore_from(RandomParams(dims, seed=7), np.arange(2, dims.vocab_size, dtype=np.int32), np.dtype(np.float32), where="random")
+    decoder, prefix = Decoder(params, dims), pack([prompt(2, 3)], [random_images(1)])
+
+    def no_memory(batch: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decoder, "_compile_saying", no_memory)
+    with pytest.raises(MemoryError):
+        decoder(prefix, 3)
+    monkeypatch.undo()
+    assert decoder(prefix, 3).length[0] == 3
+
+
 def test_guesses_take_what_the_prompt_leaves() -> None:
     dims = ODD_SIZES["one layer, wide heads"]
     params, _ = restore_from(RandomParams(dims, seed=7), np.arange(2, dims.vocab_size, dtype=np.int32), np.dtype(np.float32), where="random")

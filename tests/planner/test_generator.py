@@ -261,7 +261,7 @@ def test_a_robot_with_fewer_cameras_has_fewer_programs(monkeypatch: pytest.Monke
     generator = load(cameras=2)
     shapes: list[tuple[int, int, int]] = []
     monkeypatch.setattr(generator._decoder, "compile", shapes.extend)
-    monkeypatch.setattr(generator, "generate", lambda prompt, images: shapes.append(tuple(images)))
+    monkeypatch.setattr(generator, "generate", lambda prompt, images, **_: shapes.append(tuple(images)))
     generator.warmup()
     assert shapes == [(1, 1, SHORT), (1, 1, LONG), (1, 2, SHORT), (1, 2, LONG), ("base_0_rgb", "left_wrist_0_rgb")]
     monkeypatch.undo()
