@@ -353,6 +353,11 @@ def _compiled(lower: Callable[..., Any], *arguments: Any) -> Any:
         return lower(*arguments).compile()
 
 
+def _for_all_rows(trees: Sequence[TokenTree], batch: int) -> list[TokenTree]:
+    """The last tree is also that of the rows beyond: those that fill up a batch repeat its last one."""
+    return [*trees, *[trees[-1]] * (batch - len(trees))]
+
+
 def _laid_out(prefix: Prefix, trees: Sequence[TokenTree], image_tokens: int) -> tuple[Text, NDArray[np.int32]]:
     """The prompts with the trees in the slots behind them, where all of each must fit, and the positions of everything."""
     batch, slots = prefix.tokens.shape
@@ -390,7 +395,7 @@ class Decoder(_Programs):
                 checked that fit behind its prompt; the last tree is also that of the rows beyond, and none is no guess.
         """
         batch, slots = prefix.tokens.shape
-        trees = [*trees, *[trees[-1] if trees else token_tree((), 0)] * (batch - len(trees))]
+        trees = _for_all_rows(trees or [token_tree((), 0)], batch)
         trees = [tree.first(slots - int(length)) for tree, length in zip(trees, prefix.lengths, strict=True)]
         said, cache = self.read(prefix, trees)
         paths = [agreed(tree, after) for tree, after in zip(trees, said.token.tolist(), strict=True)]
@@ -482,9 +487,8 @@ class TreeReader(_Programs):
         """How likely the nodes of each row's tree are, on the host. All of them must fit behind its prompt; the last tree is also that of the rows
         beyond."""
         program = self._program(prefix)
-        batch = len(prefix.tokens)
-        trees = [*trees, *[trees[-1]] * (batch - len(trees))]
-        tokens, parents = np.full((2, batch, self.guesses), -1, np.int32)
+        trees = _for_all_rows(trees, len(prefix.tokens))
+        tokens, parents = np.full((2, len(trees), self.guesses), -1, np.int32)
         for row, tree in enumerate(trees):
             tokens[row, : len(tree.tokens)], parents[row, : len(tree.tokens)] = tree.tokens, tree.parents
         reading: TreeReading = jax.device_get(program(self.params, prefix=self.encode(prefix, trees), tokens=tokens, parents=parents))

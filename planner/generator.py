@@ -510,11 +510,16 @@ def pack(
     Args:
         slots: how many text slots there may be, ascending.
         room: how many of them a row needs behind its prompt; none: 0.
+
+    Raises:
+        ValueError: a row needs more slots than there may be.
     """
     longest = max(len(prompt.ids) + behind for prompt, behind in zip(prompts, room or [0] * len(prompts), strict=True))
     fill = _program_batch(len(prompts)) - len(prompts)
     prompts, cameras = [*prompts, *[prompts[-1]] * fill], [*cameras, *[cameras[-1]] * fill]
-    enough = next(count for count in slots if count >= longest)
+    enough = next((count for count in slots if count >= longest), None)
+    if enough is None:
+        raise ValueError(f"a row needs {longest} text slots, expected at most {slots[-1]}")
     count = max(len(row) for row in cameras)
     # What a masked slot holds is never seen; black is what openpi puts there.
     images = np.full((len(cameras), count, IMAGE_SIZE, IMAGE_SIZE, 3), -1, np.float32)

@@ -181,6 +181,8 @@ def test_a_list_that_does_not_fit_behind_a_short_prompt_takes_more_slots() -> No
     short, long = text_slots(256)
     for length, nodes, expected in ((32, 256, short), (33, 256, long), (60, 100, short), (200, 256, long)):
         assert pack([prompt(*range(2, 2 + length))], [random_images(1)], (short, long), [nodes]).tokens.shape == (1, expected)
+    with pytest.raises(ValueError, match="a row needs 457 text slots, expected at most 456"):
+        pack([prompt(*range(2, 203))], [random_images(1)], (short, long), [256])
 
 
 def test_the_buffer_holds_the_longest_answer() -> None:
